@@ -1,0 +1,328 @@
+"""Video files: H.264 written as the video grows, frames read in bounded memory, labelled panels.
+
+Frames are uint8 RGB arrays `[N, H, W, 3]` throughout.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import av
+    import av.container
+
+Frames = np.ndarray[Any, np.dtype[np.uint8]]
+
+# ffmpeg's codes for BT.709 and for limited ("TV") range. Untagged files are guessed at by players, by height.
+_BT709 = 1
+_LIMITED_RANGE = 1
+_KEYFRAME_SECONDS = 2
+
+
+class VideoWriter:
+    """Writes one H.264 file (yuv420p, BT.709, index in front) while its frames are being made.
+
+    Until it is finished the video lies beside its destination as `<stem>.partial.mp4`, in fragments of two seconds,
+    so that it plays at any moment, also after a crash. Leaving the `with` block normally moves it to `path`
+    with its index in front; leaving it by an exception or an interrupt closes the partial file and keeps it, and an
+    earlier file at `path` stays as it was. If no frame was written, nothing is left.
+
+    Args:
+        path: destination, ending in `.mp4`. Its folder must exist.
+        fps: frames per second, positive.
+        size: (height, width) in pixels, both even; None takes that of the first frames.
+        quality: constant rate factor of x264, 0 (lossless) to 51; 17 is visually lossless.
+
+    Raises:
+        ValueError: a suffix other than `.mp4`, an odd size, a frame rate or quality out of range.
+        OSError: the folder is missing or cannot be written to.
+    """
+
+    def __init__(self, path: str | Path, *, fps: float, size: tuple[int, int] | None = None, quality: int = 17) -> None:
+        self.path = Path(path)
+        if self.path.suffix.lower() != ".mp4":
+            raise ValueError(f"path must end in .mp4, got {str(path)!r}")
+        if not 0 < fps <= 1000:
+            raise ValueError(f"fps must be above 0 and at most 1000, got {fps}")
+        if not 0 <= quality <= 51:
+            raise ValueError(f"quality must be between 0 and 51, got {quality}")
+        if size is not None:
+            _check_even(size)
+        if self.path.is_dir():
+            raise IsADirectoryError(f"path must be a file, got the folder {self.path}")
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(f"the folder of {self.path} does not exist")
+        if not os.access(self.path.parent, os.W_OK):
+            raise PermissionError(f"the folder of {self.path} cannot be written to")
+        self.partial_path = self.path.with_name(f"{self.path.stem}.partial.mp4")
+        self.fps = Fraction(fps).limit_denominator(1001)
+        self.size = size
+        self.frames_written = 0
+        self._quality = quality
+        self._container: av.container.OutputContainer | None = None
+        self._stream: Any = None
+        self._finished = False
+
+    def __enter__(self) -> VideoWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close_container()
+        if kind is None and self.frames_written:
+            _move_index_to_front(self.partial_path, self.path)
+        self._finished = True
+
+    def write(self, frames: Frames) -> None:
+        """Append `frames` uint8 [N, H, W, 3]; N may be 0.
+
+        Raises:
+            TypeError: `frames` is not a uint8 array.
+            ValueError: its shape is not [N, H, W, 3], its size odd or not the video's, or the writer is closed.
+        """
+        import av
+
+        if self._finished:
+            raise ValueError(f"the writer of {self.path} is closed")
+        _check_frames("frames", frames)
+        size = (frames.shape[1], frames.shape[2])
+        if self.size is None:
+            _check_even(size)
+            self.size = size
+        if size != self.size:
+            raise ValueError(f"frames must be {_pixels(self.size)} as the video is, got {_pixels(size)}")
+        if self._container is None:
+            self._open_container(*self.size)
+        assert self._container is not None
+        for image in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+            picture.pts = self.frames_written
+            picture.time_base = 1 / self.fps
+            self._container.mux(self._stream.encode(picture))
+            self.frames_written += 1
+
+    def _open_container(self, height: int, width: int) -> None:
+        import av
+
+        # Fragments, since an ordinary MP4 has its index written last and cannot be played without it.
+        layout = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
+        self._container = av.open(str(self.partial_path), "w", format="mp4", options=layout)
+        options = {"crf": str(self._quality), "preset": "medium"}
+        stream = self._container.add_stream("libx264", rate=self.fps, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        context = stream.codec_context
+        context.time_base = 1 / self.fps
+        context.gop_size = max(1, round(_KEYFRAME_SECONDS * self.fps))
+        context.colorspace = context.color_primaries = context.color_trc = _BT709
+        context.color_range = _LIMITED_RANGE
+        self._stream = stream
+
+    def _close_container(self) -> None:
+        if self._container is None:
+            return
+        container, self._container = self._container, None
+        try:
+            container.mux(self._stream.encode(None))
+        finally:
+            container.close()
+
+
+class VideoReader:
+    """Reads a video frame by frame; at any time one frame is in memory.
+
+        with VideoReader(path) as video:
+            for image in video:          # uint8 [H, W, 3]
+                ...
+
+    Attributes:
+        fps: average frames per second.
+        size: (height, width) in pixels.
+        frames: number of frames the file declares, or None where it does not say.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is no video, has no video stream, or, while iterating, is damaged or ends early.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        import av
+
+        self.path = Path(path)
+        if self.path.is_dir():
+            raise IsADirectoryError(f"expected a video file, got the folder {self.path}")
+        if not self.path.is_file():
+            raise FileNotFoundError(f"video file {self.path} does not exist")
+        try:
+            self._container = av.open(str(self.path))
+        except av.error.PermissionError as error:
+            raise PermissionError(f"video file {self.path} cannot be read: {error.strerror}") from error
+        except av.error.FFmpegError as error:
+            raise ValueError(f"{self.path} is not a readable video file: {error.strerror}") from error
+        if not self._container.streams.video:
+            self._container.close()
+            raise ValueError(f"{self.path} holds no video stream")
+        self._stream = self._container.streams.video[0]
+        # More threads than this only raise the number of pictures held.
+        self._stream.codec_context.thread_count = min(4, os.cpu_count() or 1)
+        self._stream.thread_type = "AUTO"
+        self.fps = float(self._stream.average_rate or self._stream.guessed_rate or 0)
+        self.size = (self._stream.height, self._stream.width)
+        self.frames: int | None = self._stream.frames or None
+
+    def __enter__(self) -> VideoReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._container.close()
+
+    def __iter__(self) -> Iterator[Frames]:
+        import av
+
+        height, width = self.size
+        packets = decoded = 0
+        try:
+            for packet in self._container.demux(self._stream):
+                packets += packet.size > 0
+                for picture in packet.decode():
+                    decoded += 1
+                    yield picture.to_ndarray(format="rgb24", width=width, height=height)
+        except av.error.FFmpegError as error:
+            raise ValueError(f"{self.path} is damaged after frame {decoded}: {error.strerror}") from error
+        # MP4's index says how many packets follow; ffmpeg itself takes a file that was cut off for a shorter one.
+        if "mp4" in self._container.format.name and self.frames is not None and packets < self.frames:
+            raise ValueError(f"{self.path} is truncated: it declares {self.frames} frames and holds {packets}")
+        if decoded == 0:
+            raise ValueError(f"{self.path} holds no video frame")
+
+
+def read_video(path: str | Path, max_frames: int | None = None) -> tuple[Frames, float]:
+    """Read a whole video, or its first `max_frames` frames.
+
+    Returns:
+        frames uint8 [N, H, W, 3], and frames per second.
+
+    Raises:
+        OSError, ValueError: as `VideoReader`; `max_frames` below 1.
+    """
+    if max_frames is not None and max_frames < 1:
+        raise ValueError(f"max_frames must be at least 1, got {max_frames}")
+    images: list[Frames] = []
+    with VideoReader(path) as video:
+        for image in video:
+            images.append(image)
+            if len(images) == max_frames:
+                break
+        return np.stack(images), video.fps
+
+
+def side_by_side(panels: Mapping[str, Frames], *, columns: int | None = None, gap: int = 4) -> Frames:
+    """Lay videos out in a grid, each under its name.
+
+    Args:
+        panels: label -> uint8 [N, H, W, 3], all of one shape; shown row by row in the mapping's order.
+        columns: panels per row; None puts up to three in a row.
+        gap: pixels between panels.
+
+    Returns:
+        uint8 [N, H', W', 3], H' and W' even.
+
+    Raises:
+        ValueError: no panel, shapes that differ, or `columns` below 1.
+    """
+    if not panels:
+        raise ValueError("panels must hold at least one video, got none")
+    if columns is None:
+        columns = min(3, len(panels))
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
+    shapes = set()
+    for name, frames in panels.items():
+        _check_frames(f"panels[{name!r}]", frames)
+        shapes.add(frames.shape)
+    if len(shapes) > 1:
+        raise ValueError(f"panels must have one shape, got {', '.join(str(shape) for shape in sorted(shapes))}")
+    count, height, width, _ = shapes.pop()
+    bar = caption_height(height)
+    rows = -(-len(panels) // columns)
+    total_height = rows * (bar + height) + (rows - 1) * gap
+    total_width = columns * width + (columns - 1) * gap
+    canvas = np.full((count, total_height + total_height % 2, total_width + total_width % 2, 3), 255, np.uint8)
+    for index, (name, frames) in enumerate(panels.items()):
+        row, column = divmod(index, columns)
+        top, left = row * (bar + height + gap), column * (width + gap)
+        canvas[:, top : top + bar, left : left + width] = caption(name, bar, width)
+        canvas[:, top + bar : top + bar + height, left : left + width] = frames
+    return canvas
+
+
+def caption_height(panel_height: int) -> int:
+    """Pixels of the bar that `side_by_side` puts above a panel of `panel_height` pixels: a twelfth, at least 20."""
+    return max(20, panel_height // 12 // 2 * 2)
+
+
+@functools.lru_cache(maxsize=64)
+def caption(text: str, height: int, width: int) -> Frames:
+    """Dark text centred on white, uint8 [height, width, 3]; too long a text is set smaller, then clipped."""
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    points = max(8, round(0.62 * height))
+    font = ImageFont.truetype(str(path), points)
+    while points > 8 and font.getlength(text) > 0.96 * width:
+        points -= 1
+        font = ImageFont.truetype(str(path), points)
+    image = Image.new("RGB", (width, height), "white")
+    ImageDraw.Draw(image).text((width / 2, height / 2), text, fill=(20, 20, 20), font=font, anchor="mm")
+    picture = np.array(image)
+    picture.flags.writeable = False
+    return picture
+
+
+def _move_index_to_front(partial: Path, path: Path) -> None:
+    """Repack the fragments in `partial`, without coding them again, as one ordinary file at `path`."""
+    import av
+
+    beside = path.with_name(f".{path.name}.repack")
+    try:
+        with (
+            av.open(str(partial)) as source,
+            av.open(str(beside), "w", format="mp4", options={"movflags": "faststart"}) as target,
+        ):
+            stream = target.add_stream_from_template(source.streams.video[0])
+            for packet in source.demux(source.streams.video[0]):
+                if packet.dts is not None:
+                    packet.stream = stream
+                    target.mux(packet)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    partial.unlink()
+
+
+def _check_frames(name: str, frames: Frames) -> None:
+    if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8:
+        given = frames.dtype if hasattr(frames, "dtype") else type(frames).__name__
+        raise TypeError(f"{name} must be a uint8 numpy array, got {given}")
+    if frames.ndim != 4 or frames.shape[3] != 3:
+        raise ValueError(f"{name} must be [N, H, W, 3], got {list(frames.shape)}")
+
+
+def _check_even(size: tuple[int, int]) -> None:
+    height, width = size
+    if height < 16 or width < 16 or height % 2 or width % 2:
+        raise ValueError(f"the video's height and width must be even and at least 16, got {_pixels(size)}")
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
