@@ -1,0 +1,96 @@
+"""The compiled extension `longlive_rag._C`: the one place that imports it, and says what it can do here and why."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+
+@dataclass(frozen=True)
+class CudaStatus:
+    """State of the CUDA kernels.
+
+    Attributes:
+        built: the kernels are compiled in.
+        architectures: what they are compiled for, such as ``sm_90a`` (machine code) and ``compute_120`` (PTX).
+        available: they can run on torch's current CUDA device.
+        reason: why they are not available; None if they are.
+    """
+
+    built: bool
+    architectures: tuple[str, ...]
+    available: bool
+    reason: str | None
+
+
+@functools.cache
+def kernels() -> ModuleType | None:
+    """The extension module if CUDA kernels are compiled in, else None. Needs neither a GPU nor a driver."""
+    module, _ = _load()
+    return module if module is not None and module.cuda_version else None
+
+
+def cuda_status() -> CudaStatus:
+    """Tell whether the CUDA kernels are built, for what, and whether they can run here. Does not raise."""
+    module, problem = _load()
+    if module is None:
+        return CudaStatus(False, (), False, problem)
+    if not module.cuda_version:
+        return CudaStatus(False, (), False, "built without CUDA: no nvcc was found, or LONGLIVE_RAG_CUDA was OFF")
+    architectures = tuple(module.cuda_architectures.split())
+    reason = _unavailable(module, architectures)
+    return CudaStatus(True, architectures, reason is None, reason)
+
+
+def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether code built for `architecture` (as in `CudaStatus`) runs on a device of this compute capability.
+
+    Machine code runs on the same major version with an equal or higher minor one; with the suffix ``a`` (or ``f``) on
+    exactly its own (or its family, taken as the major version); PTX on everything that is not older.
+    """
+    match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", architecture)
+    if match is None:
+        raise ValueError(f"architecture must look like sm_90a or compute_120, got {architecture!r}")
+    kind, major, minor, suffix = match.groups()
+    built_for = (int(major), int(minor))
+    if suffix == "a":
+        return capability == built_for
+    if kind == "sm" or suffix == "f":
+        return capability[0] == built_for[0] and capability[1] >= built_for[1]
+    return capability >= built_for
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("longlive_rag._C"), ""
+    except ImportError as error:
+        return None, f"the extension module longlive_rag._C could not be imported: {error}"
+
+
+def _unavailable(module: ModuleType, architectures: tuple[str, ...]) -> str | None:
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) is built without CUDA"
+    driver = module.cuda_driver_version()
+    if driver == 0:
+        return "no NVIDIA driver was found"
+    if not torch.cuda.is_available():
+        return "torch finds no usable NVIDIA GPU"
+    built_major = int(module.cuda_version.split(".")[0])
+    if driver // 1000 < built_major:
+        return (
+            f"the kernels are built with CUDA {module.cuda_version}, but the driver supports only CUDA "
+            f"{driver // 1000}.{driver % 1000 // 10}"
+        )
+    capability = torch.cuda.get_device_capability()
+    if not any(runs_on(architecture, capability) for architecture in architectures):
+        return (
+            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, but the kernels are "
+            f"built for {', '.join(architectures)}"
+        )
+    return None
