@@ -1,0 +1,69 @@
+"""The context policy of a video, as numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Positions = Literal["relative", "absolute"]
+Query = Literal["latest", "draft"]
+MemoryPosition = Literal["zero", "ordered", "true"]
+
+
+@dataclass(frozen=True)
+class RetrievalConfig:
+    """What a block of latent frames sees: ``[ sink | memory | local window ]``.
+
+    The defaults are the paper's (arXiv 2606.02553). Without memory and with absolute positions it is the native sliding
+    window of Self-Forcing and its family.
+
+    Raises:
+        ValueError: the budgets do not fit into the context, or a value is out of range.
+    """
+
+    context_frames: int = 12
+    """Latent frames a block attends to, its own included."""
+    sink_frames: int = 1
+    """First frames of the video, always in the context."""
+    memory_frames: int = 6
+    """Frames retrieved for each block (K); 0: no memory."""
+    recency_guard: int = 5
+    """Newest frames outside the context that may not be retrieved (R)."""
+    block_frames: int = 3
+    """Latent frames denoised together."""
+    positions: Positions = "relative"
+    """Temporal positions: "relative" to the left end of the context (the paper's), or "absolute", each frame's own index."""
+    query: Query = "latest"
+    """What asks: the "latest" finished frame (the paper's), or the "draft": the block's own clean prediction after its
+    first denoising step, which also finds what a scene change brings back."""
+    memory_position: MemoryPosition = "zero"
+    """Where memory stands under relative positions: all at "zero" (the paper's), "ordered" by time behind the sink, or
+    at the "true" distance."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("context_frames", 1),
+            ("sink_frames", 0),
+            ("memory_frames", 0),
+            ("recency_guard", 0),
+            ("block_frames", 1),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        for name, allowed in (("positions", Positions), ("query", Query), ("memory_position", MemoryPosition)):
+            if getattr(self, name) not in get_args(allowed):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
+        if self.memory_frames > 64:
+            raise ValueError(f"memory_frames must be at most 64, got {self.memory_frames}")
+        needed = self.sink_frames + self.memory_frames + self.block_frames
+        if needed > self.context_frames:
+            raise ValueError(
+                f"sink_frames + memory_frames + block_frames must fit into context_frames, got "
+                f"{self.sink_frames} + {self.memory_frames} + {self.block_frames} = {needed} > {self.context_frames}"
+            )
+
+    @property
+    def local_frames(self) -> int:
+        """Length of the local window, the block's own frames included."""
+        return self.context_frames - self.sink_frames - self.memory_frames

@@ -1,0 +1,89 @@
+"""Which frames a block sees, and at which temporal positions. Integers in, tables out: no attention code knows a policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longlive_rag.config import RetrievalConfig
+
+UNUSED = -1
+
+
+@dataclass(frozen=True)
+class ContextPlan:
+    """The context of the block of `frames` latent frames that starts at `start`.
+
+    The table has one column per context entry, ``[ sink | memory | local ]``, always as many, so that buffers and
+    captured graphs keep their shape. While the video is young, columns are unused, and a frame that is both sink and
+    local stands in the local window only.
+
+    Source: method.md, "Context of a block", "What may be retrieved", "Positions"; LongLive-RAG, section 3.
+    """
+
+    config: RetrievalConfig
+    start: int
+    frames: int
+
+    def __post_init__(self) -> None:
+        if self.start < 0 or self.frames < 1:
+            raise ValueError(f"a block needs start >= 0 and frames >= 1, got start={self.start}, frames={self.frames}")
+
+    @property
+    def end(self) -> int:
+        return self.start + self.frames
+
+    @property
+    def shift(self) -> int:
+        """Index of the frame at temporal position 0: the context is numbered from its left end once it is full."""
+        return max(0, self.end - self.config.context_frames) if self.config.positions == "relative" else 0
+
+    @property
+    def local(self) -> range:
+        """Frames of the local window, the block's own included."""
+        return range(max(0, self.end - max(self.config.local_frames, self.frames)), self.end)
+
+    @property
+    def sink(self) -> range:
+        """Sink frames that are not in the local window."""
+        return range(min(self.config.sink_frames, self.local.start))
+
+    @property
+    def candidates(self) -> range:
+        """Frames that may be retrieved: those that left the context, less the newest of these."""
+        first = self.config.sink_frames
+        last = first + self.start - self.config.context_frames - self.config.recency_guard
+        return range(first, max(first, last)) if self.config.memory_frames else range(0)
+
+    @property
+    def memory_columns(self) -> slice:
+        """Columns of the table that retrieved frames fill."""
+        return slice(self.config.sink_frames, self.config.sink_frames + self.config.memory_frames)
+
+    def fixed_entries(self) -> tuple[list[int], list[int]]:
+        """Frame and temporal position of every column; memory columns and unused ones are `UNUSED`."""
+        config, local, sink = self.config, self.local, self.sink
+        local_columns = max(config.local_frames, self.frames)
+        frames = [
+            *sink,
+            *[UNUSED] * (config.sink_frames - len(sink) + config.memory_frames),
+            *local,
+            *[UNUSED] * (local_columns - len(local)),
+        ]
+        positions = [f if f == UNUSED or f in sink else f - self.shift for f in frames]
+        return frames, positions
+
+    def query_positions(self) -> list[int]:
+        """Temporal position of each frame of the block."""
+        return [f - self.shift for f in range(self.start, self.end)]
+
+    def memory_positions(self, frames: Tensor) -> Tensor:
+        """Temporal positions of retrieved frames, int32 like `frames` [B, K]; negative entries are unused."""
+        if self.config.positions == "absolute" or self.config.memory_position == "true":
+            return frames - self.shift
+        if self.config.memory_position == "zero":
+            return torch.zeros_like(frames)
+        earlier = (frames[:, None, :] >= 0) & (frames[:, None, :] < frames[:, :, None])
+        return self.config.sink_frames + earlier.sum(dim=-1, dtype=frames.dtype)

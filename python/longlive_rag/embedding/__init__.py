@@ -1,0 +1,18 @@
+"""From a clean latent frame to the vector it is found by."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from longlive_rag.embedding.autoencoder import LatentAutoencoder
+from longlive_rag.embedding.average_pool import AveragePool
+
+__all__ = ["AveragePool", "Embedding", "LatentAutoencoder"]
+
+
+class Embedding(Protocol):
+    """Anything that embeds latent frames."""
+
+    def embed(self, latents: Tensor) -> Tensor:
+        """Latents [N, C, H, W] to embeddings [N, D]."""
+        ...

@@ -1,0 +1,232 @@
+"""The Wan 2.1 text-to-video transformer, causal and with memory.
+
+Parameter names and shapes are those of the public Wan-family checkpoints, so that they load strictly. The model holds no
+cache and knows no context policy: self-attention goes through an ``Attention`` that the caller supplies, in generation a
+`RetrievalMemory`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SIZES: dict[str, dict[str, int]] = {
+    "1.3B": dict(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
+    "5B": dict(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48),
+    "14B": dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+}
+
+Prompt = list[tuple[Tensor, Tensor]]
+"""Cross-attention keys and values of one prompt per layer, each [B, heads, text_len, head_dim]."""
+
+
+class Attention(Protocol):
+    """What the transformer asks of its self-attention."""
+
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,  # [B, F, T, H, D], not yet normalised, no rotary embedding
+        k: Tensor,
+        v: Tensor,
+        *,
+        q_weight: Tensor | None,  # [H * D], RMS-norm weights
+        k_weight: Tensor | None,
+        eps: float,
+    ) -> Tensor:  # [B, F * T, H, D]
+        ...
+
+
+class CausalWanModel(nn.Module):
+    """Predicts the flow (noise - clean latent) of a block of latent frames.
+
+    Args:
+        dim, ffn_dim, num_heads, num_layers: width, feed-forward width, attention heads, blocks.
+        freq_dim: width of the sinusoidal timestep embedding.
+        text_dim, text_len: width and length of the prompt embeddings.
+        in_dim, out_dim: latent channels in and out.
+        patch_size: latent frames, rows and columns that make one token; the first must be 1.
+        eps: epsilon of every normalisation.
+
+    Source: Wan 2.1 (arXiv 2503.20314), made causal as in Self-Forcing (arXiv 2506.08009): one timestep per frame.
+    """
+
+    def __init__(
+        self,
+        dim: int = 1536,
+        ffn_dim: int = 8960,
+        freq_dim: int = 256,
+        text_dim: int = 4096,
+        text_len: int = 512,
+        num_heads: int = 12,
+        num_layers: int = 30,
+        in_dim: int = 16,
+        out_dim: int = 16,
+        patch_size: tuple[int, int, int] = (1, 2, 2),
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads or (dim // num_heads) % 2:
+            raise ValueError(f"dim must be num_heads times an even head_dim, got dim={dim}, num_heads={num_heads}")
+        if freq_dim % 2:
+            raise ValueError(f"freq_dim must be even, got {freq_dim}")
+        if patch_size[0] != 1:
+            raise ValueError(f"patch_size must keep latent frames apart, (1, rows, columns), got {patch_size}")
+        self.dim, self.freq_dim, self.text_dim, self.text_len = dim, freq_dim, text_dim, text_len
+        self.num_heads, self.num_layers, self.head_dim = num_heads, num_layers, dim // num_heads
+        self.in_dim, self.out_dim, self.patch_size, self.eps = in_dim, out_dim, tuple(patch_size), eps
+
+        self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=patch_size, stride=patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(layer, dim, ffn_dim, num_heads, eps) for layer in range(num_layers))
+        self.head = Head(dim, out_dim, self.patch_size, eps)
+
+    @classmethod
+    def from_size(cls, size: str, **overrides: int) -> CausalWanModel:
+        """A model of a published size: "1.3B" and "14B" (Wan 2.1) or "5B" (Wan 2.2)."""
+        if size not in SIZES:
+            raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+        return cls(**{**SIZES[size], **overrides})  # type: ignore[arg-type]
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens that a latent frame of this size becomes.
+
+        Raises:
+            ValueError: the size is no multiple of the patch.
+        """
+        rows, columns = self.patch_size[1:]
+        if height % rows or width % columns:
+            raise ValueError(
+                f"latents must have a height and width divisible by the patch ({rows}, {columns}), got {height} x {width}"
+            )
+        return height // rows, width // columns
+
+    def prepare_prompt(self, prompt_embeds: Tensor) -> Prompt:
+        """Cross-attention keys and values of a prompt, computed once and used by every pass.
+
+        Args:
+            prompt_embeds: [B, up to text_len, text_dim]; shorter ones are padded with zeros, as Wan does.
+        """
+        if prompt_embeds.ndim != 3 or prompt_embeds.shape[1] > self.text_len or prompt_embeds.shape[2] != self.text_dim:
+            raise ValueError(
+                f"prompt_embeds must be [B, at most {self.text_len}, {self.text_dim}], got {list(prompt_embeds.shape)}"
+            )
+        padded = F.pad(prompt_embeds, (0, 0, 0, self.text_len - prompt_embeds.shape[1]))
+        text = self.text_embedding(padded.to(self.patch_embedding.weight.dtype))
+        return [block.cross_attn.prepare(text) for block in self.blocks]
+
+    def forward(self, latents: Tensor, timestep: Tensor, prompt: Prompt, attention: Attention) -> Tensor:
+        """Predict the flow of one block.
+
+        Args:
+            latents: [B, F, in_dim, height, width], noisy at `timestep`.
+            timestep: [B, F] or [B], 0 (clean) to 1000 (noise).
+            prompt: of `prepare_prompt`.
+            attention: self-attention with its context.
+
+        Returns:
+            [B, F, out_dim, height, width] in the dtype of `latents`.
+        """
+        batch, frames, _, height, width = latents.shape
+        rows, columns = self.token_grid(height, width)
+        if timestep.ndim == 1:
+            timestep = timestep[:, None].expand(-1, frames)
+
+        dtype = self.patch_embedding.weight.dtype
+        tokens = self.patch_embedding(latents.to(dtype).transpose(1, 2))  # [B, dim, F, rows, columns]
+        x = tokens.flatten(3).permute(0, 2, 3, 1)  # [B, F, T, dim]
+        time = self.time_embedding(sinusoidal_embedding(timestep, self.freq_dim).to(dtype))  # [B, F, dim]
+        modulation = self.time_projection(time).unflatten(-1, (6, self.dim))  # [B, F, 6, dim]
+
+        for block, (text_k, text_v) in zip(self.blocks, prompt, strict=True):
+            x = block(x, modulation, text_k, text_v, attention)
+
+        x = self.head(x, time)  # [B, F, T, patch rows * patch columns * out_dim]
+        patch_rows, patch_columns = self.patch_size[1:]
+        x = x.view(batch, frames, rows, columns, patch_rows, patch_columns, self.out_dim)
+        return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, frames, self.out_dim, height, width).to(latents.dtype)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and feed-forward, the first and last modulated by the timestep."""
+
+    def __init__(self, layer: int, dim: int, ffn_dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.self_attn = SelfAttention(layer, dim, num_heads, eps)
+        self.norm3 = nn.LayerNorm(dim, eps)
+        self.cross_attn = CrossAttention(dim, num_heads, eps)
+        self.norm2 = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def forward(self, x: Tensor, modulation: Tensor, text_k: Tensor, text_v: Tensor, attention: Attention) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + modulation).unsqueeze(3).unbind(2)
+        x = x + gate1 * self.self_attn(self.norm1(x) * (1 + scale1) + shift1, attention)
+        x = x + self.cross_attn(self.norm3(x), text_k, text_v)
+        return x + gate2 * self.ffn(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class SelfAttention(nn.Module):
+    """Projections; normalisation, rotary embedding and the attention itself are the `Attention`'s."""
+
+    def __init__(self, layer: int, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.layer, self.num_heads, self.eps = layer, num_heads, eps
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
+
+    def forward(self, x: Tensor, attention: Attention) -> Tensor:
+        q, k, v = (projection(x).unflatten(-1, (self.num_heads, -1)) for projection in (self.q, self.k, self.v))
+        out = attention.attend(
+            self.layer, q, k, v, q_weight=self.norm_q.weight, k_weight=self.norm_k.weight, eps=self.eps
+        )
+        return self.o(out.reshape(x.shape))
+
+
+class CrossAttention(nn.Module):
+    """Attention to the prompt, whose keys and values are prepared once."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
+
+    def _heads_first(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def prepare(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        return self._heads_first(self.norm_k(self.k(text))), self._heads_first(self.v(text))
+
+    def forward(self, x: Tensor, text_k: Tensor, text_v: Tensor) -> Tensor:
+        q = self._heads_first(self.norm_q(self.q(x.flatten(1, 2))))
+        out = F.scaled_dot_product_attention(q, text_k, text_v)
+        return self.o(out.transpose(1, 2).reshape(x.shape))
+
+
+class Head(nn.Module):
+    """From tokens back to patches of latents."""
+
+    def __init__(self, dim: int, out_dim: int, patch_size: tuple[int, int, int], eps: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps, elementwise_affine=False)
+        self.head = nn.Linear(dim, out_dim * patch_size[0] * patch_size[1] * patch_size[2])
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        shift, scale = (self.modulation + time.unsqueeze(2)).unsqueeze(3).unbind(2)
+        return self.head(self.norm(x) * (1 + scale) + shift)
+
+
+def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """Cosines, then sines of `timestep` [...] at dim / 2 geometric frequencies, float64 [..., dim]."""
+    half = dim // 2
+    frequencies = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
+    angle = timestep.to(torch.float64)[..., None] * frequencies
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)

@@ -1,0 +1,194 @@
+"""attend: attention over gathered pages."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longlive_rag.ops._library import FLOATING, LIBRARY, check_dtype, check_shape, check_tensors
+from longlive_rag.rotary import rotate_pairs
+
+_ARGUMENTS = (
+    "Tensor q, Tensor k_pages, Tensor v_pages, Tensor slots, Tensor positions, Tensor query_position, Tensor rotation, "
+    "float scale"
+)
+LIBRARY.define(f"attend({_ARGUMENTS}) -> Tensor")
+LIBRARY.define(f"attend_with_lse({_ARGUMENTS}) -> (Tensor, Tensor)")
+
+
+@overload
+def attend(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    query_position: Tensor,
+    rotation: Tensor,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def attend(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    query_position: Tensor,
+    rotation: Tensor,
+    scale: float | None = None,
+    *,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def attend(
+    q: Tensor,  # [B, F * T, H, D]
+    k_pages: Tensor,  # [S, H, T, D]
+    v_pages: Tensor,  # [S, H, T, D]
+    slots: Tensor,  # [B, N] int32
+    positions: Tensor,  # [B, N] int32
+    query_position: Tensor,  # [B, F] int32
+    rotation: Tensor,  # [P] float64
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of F frames of queries over the pages that a table names, without gathering or rewriting them.
+
+    A query frame f meets page n at the temporal distance ``query_position[f] - positions[n]``; scores are those of the
+    query whose first P pairs are turned by that distance times `rotation`, against the key as stored. The softmax runs
+    over all tokens of all used pages of the sample.
+
+    Args:
+        q: queries of F frames of T tokens, normalised and spatially rotated (`insert` returns them so), contiguous.
+        k_pages, v_pages: the page pools in q's dtype, contiguous.
+        slots: page of each table entry; negative: unused. The order of the entries does not matter.
+        positions: temporal position of each entry, ignored where unused.
+        query_position: temporal position of each query frame.
+        rotation: radians per frame of the first P pairs of each head (`rotary.temporal_frequencies`).
+        scale: of the scores; default 1 / sqrt(D).
+        return_lse: also return the natural log of each row's sum of exponentials.
+
+    Returns:
+        [B, F * T, H, D] in q's dtype; with `return_lse` also float32 [B, F * T, H]. A sample whose entries are all
+        unused gets zeros (and -inf).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape, device or layout.
+
+    Source: the identity of docs/architecture.md, "Positions"; LongLive-RAG (arXiv 2606.02553), section 3.
+    """
+    _check(q, k_pages, v_pages, slots, positions, query_position, rotation)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    arguments = (q, k_pages, v_pages, slots, positions, query_position, rotation, scale)
+    operation = torch.ops.longlive_rag.attend_with_lse if return_lse else torch.ops.longlive_rag.attend
+    return operation(*arguments)
+
+
+def _check(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    query_position: Tensor,
+    rotation: Tensor,
+) -> None:
+    check_tensors(
+        "attend", q=q, k_pages=k_pages, v_pages=v_pages, slots=slots, positions=positions,
+        query_position=query_position, rotation=rotation,
+    )  # fmt: skip
+    check_dtype("attend", "q", q, *FLOATING)
+    check_shape("attend", "q", q, "[B, F * T, H, D]", None, None, None, None)
+    batch, length, heads, head_dim = q.shape
+    check_shape("attend", "k_pages", k_pages, "[S, H, T, D]", None, heads, None, head_dim)
+    pages, _, tokens, _ = k_pages.shape
+    check_shape("attend", "v_pages", v_pages, "[S, H, T, D]", pages, heads, tokens, head_dim)
+    check_dtype("attend", "k_pages", k_pages, q.dtype)
+    check_dtype("attend", "v_pages", v_pages, q.dtype)
+    for name, tensor in (("q", q), ("k_pages", k_pages), ("v_pages", v_pages)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"attend: {name} must be contiguous, got strides {list(tensor.stride())}")
+    if tokens == 0 or length % tokens:
+        raise ValueError(f"attend: q must hold whole frames of {tokens} tokens (k_pages), got {length} queries")
+    check_shape("attend", "slots", slots, "[B, N]", batch, None)
+    check_shape("attend", "positions", positions, "[B, N]", batch, slots.shape[1])
+    check_shape("attend", "query_position", query_position, "[B, F]", batch, length // tokens)
+    for name, table in (("slots", slots), ("positions", positions), ("query_position", query_position)):
+        check_dtype("attend", name, table, torch.int32)
+    check_dtype("attend", "rotation", rotation, torch.float64)
+    check_shape("attend", "rotation", rotation, "[P]", None)
+    if 2 * rotation.shape[0] > head_dim:
+        raise ValueError(
+            f"attend: rotation turns {rotation.shape[0]} pairs, but a head of {head_dim} has {head_dim // 2}"
+        )
+
+
+def _rotate_in_time(x: Tensor, position: Tensor, rotation: Tensor) -> Tensor:
+    """Turn the leading pairs of x [B, H, n, T, D] by position [B, n] times rotation [P]."""
+    angle = (position[..., None] * rotation)[:, None, :, None]
+    turned, still = x.split([2 * rotation.shape[0], x.shape[-1] - 2 * rotation.shape[0]], dim=-1)
+    return torch.cat([rotate_pairs(turned, torch.stack([angle.cos(), angle.sin()], dim=-1)), still], dim=-1)
+
+
+def _gather(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    query_position: Tensor,
+    rotation: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries [B, H, L, D], keys and values [B, H, N * T, D], turned to a common origin, and which keys are used."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    tokens = k_pages.shape[2]
+    used = slots >= 0
+
+    def pages(pool: Tensor) -> Tensor:
+        gathered = pool[slots.clamp(min=0).long()].to(wide)  # [B, N, H, T, D]
+        return gathered.masked_fill(~used[:, :, None, None, None], 0).transpose(1, 2)
+
+    # Scores depend on differences of positions only, so any common origin gives the same; the first query frame's keeps
+    # the angles small.
+    origin = query_position[:, :1]
+    queries = q.to(wide).unflatten(1, (-1, tokens)).permute(0, 3, 1, 2, 4)  # [B, H, F, T, D]
+    queries = _rotate_in_time(queries, query_position - origin, rotation)
+    keys = _rotate_in_time(pages(k_pages), (positions - origin).masked_fill(~used, 0), rotation)
+    mask = used.repeat_interleave(tokens, dim=1)[:, None, None]
+    return queries.flatten(2, 3), keys.flatten(2, 3), pages(v_pages).flatten(2, 3), mask
+
+
+def _attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+    out = out.masked_fill(~mask.any(dim=-1, keepdim=True), 0)
+    return out.transpose(1, 2).to(dtype).contiguous()
+
+
+def _reference(q: Tensor, *context: object) -> Tensor:
+    *tables, scale = context
+    return _attention(*_gather(q, *tables), scale, q.dtype)  # type: ignore[arg-type]
+
+
+def _reference_with_lse(q: Tensor, *context: object) -> tuple[Tensor, Tensor]:
+    *tables, scale = context
+    queries, keys, values, mask = _gather(q, *tables)  # type: ignore[arg-type]
+    scores = (queries @ keys.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
+    lse = scores.logsumexp(dim=-1).transpose(1, 2).float().contiguous()
+    return _attention(queries, keys, values, mask, scale, q.dtype), lse  # type: ignore[arg-type]
+
+
+def _fake(q: Tensor, *context: object) -> Tensor:
+    return torch.empty_like(q)
+
+
+def _fake_with_lse(q: Tensor, *context: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+LIBRARY.impl("attend", _reference, "CompositeExplicitAutograd")
+LIBRARY.impl("attend_with_lse", _reference_with_lse, "CompositeExplicitAutograd")
+torch.library.register_fake("longlive_rag::attend", _fake, lib=LIBRARY)
+torch.library.register_fake("longlive_rag::attend_with_lse", _fake_with_lse, lib=LIBRARY)

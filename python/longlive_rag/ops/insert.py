@@ -1,0 +1,145 @@
+"""insert: write the keys and values of new frames into their pages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longlive_rag.ops._library import FLOATING, LIBRARY, check_dtype, check_shape, check_tensors
+from longlive_rag.rotary import rotate_pairs
+
+_FRAMES = "Tensor k, Tensor v, Tensor? k_weight, Tensor rotation, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slots, float eps"
+LIBRARY.define(f"insert({_FRAMES}) -> ()")
+LIBRARY.define(f"insert_with_query(Tensor q, Tensor? q_weight, {_FRAMES}) -> Tensor")
+
+
+def insert(
+    k: Tensor,  # [B, F, T, H, D]
+    v: Tensor,  # [B, F, T, H, D]
+    k_weight: Tensor | None,  # [H * D]
+    rotation: Tensor,  # [T, P, 2] float32
+    k_pages: Tensor,  # [S, H, T, D]
+    v_pages: Tensor,  # [S, H, T, D]
+    slots: Tensor,  # [B, F] int32
+    eps: float = 1e-6,
+    q: Tensor | None = None,  # [B, F, T, H, D]
+    q_weight: Tensor | None = None,  # [H * D]
+) -> Tensor | None:
+    """Write new frames into the bank, normalised and with their spatial rotation.
+
+    k becomes ``rotate(rms_norm(k) * k_weight)``, the norm taken over the whole model dimension H * D, and goes with v to
+    the page ``slots[b, f]``. The temporal rotation is left to `attend`, which is why a page never has to be rewritten.
+    Arithmetic is float32, rounded once.
+
+    Args:
+        k, v: keys and values of F new frames of T tokens. The last two dimensions must be contiguous; the strides over
+            batch, frame and token are free, so slices of a fused projection need no copy.
+        k_weight: weight of the RMS norm in float32 or k's dtype; None if k is normalised already.
+        rotation: cosine and sine for the last P adjacent pairs of each head (`rotary.spatial_rotation`).
+        k_pages, v_pages: the page pools, in k's dtype; written in place.
+        slots: the page of each frame; negative: the frame is not written. Pages must be distinct.
+        eps: epsilon of the norm.
+        q, q_weight: queries of the same frames, treated like k but returned.
+
+    Returns:
+        The queries, normalised and spatially rotated, [B, F * T, H, D], or None without q.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape, device or layout.
+
+    Source: LongLive-RAG (arXiv 2606.02553), section 3, with the rotation split as in docs/architecture.md.
+    """
+    _check(k, v, k_weight, rotation, k_pages, v_pages, slots, q, q_weight)
+    frames = (k, v, k_weight, rotation, k_pages, v_pages, slots, eps)
+    if q is None:
+        torch.ops.longlive_rag.insert(*frames)
+        return None
+    return torch.ops.longlive_rag.insert_with_query(q, q_weight, *frames)
+
+
+def _check(
+    k: Tensor,
+    v: Tensor,
+    k_weight: Tensor | None,
+    rotation: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    q: Tensor | None,
+    q_weight: Tensor | None,
+) -> None:
+    check_tensors(
+        "insert", k=k, v=v, k_weight=k_weight, rotation=rotation, k_pages=k_pages, v_pages=v_pages, slots=slots, q=q,
+        q_weight=q_weight,
+    )  # fmt: skip
+    check_shape("insert", "k", k, "[B, F, T, H, D]", None, None, None, None, None)
+    batch, frames, tokens, heads, head_dim = k.shape
+    for name, tensor in (("k", k), ("v", v), ("q", q)):
+        if tensor is None:
+            continue
+        check_dtype("insert", name, tensor, *(FLOATING if tensor is k else (k.dtype,)))
+        check_shape("insert", name, tensor, "[B, F, T, H, D]", batch, frames, tokens, heads, head_dim)
+        if tensor.stride(4) != 1 or tensor.stride(3) != head_dim:
+            raise ValueError(
+                f"insert: {name} must be contiguous over its last two dimensions [H, D], got strides {list(tensor.stride())}"
+            )
+    for name, weight in (("k_weight", k_weight), ("q_weight", q_weight)):
+        if weight is not None:
+            check_dtype("insert", name, weight, torch.float32, k.dtype)
+            check_shape("insert", name, weight, "[H * D]", heads * head_dim)
+    check_dtype("insert", "rotation", rotation, torch.float32)
+    check_shape("insert", "rotation", rotation, "[T, P, 2]", tokens, None, 2)
+    if 2 * rotation.shape[1] > head_dim:
+        raise ValueError(
+            f"insert: rotation turns {rotation.shape[1]} pairs, but a head of {head_dim} has {head_dim // 2}"
+        )
+    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
+        check_dtype("insert", name, pages, k.dtype)
+        check_shape("insert", name, pages, "[S, H, T, D]", k_pages.shape[0], heads, tokens, head_dim)
+        if not pages.is_contiguous():
+            raise ValueError(f"insert: {name} must be contiguous, got strides {list(pages.stride())}")
+    check_dtype("insert", "slots", slots, torch.int32)
+    check_shape("insert", "slots", slots, "[B, F]", batch, frames)
+
+
+def _normalise_and_rotate(x: Tensor, weight: Tensor | None, rotation: Tensor, eps: float) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if weight is not None:
+        mean_square = wide.square().mean(dim=(-2, -1), keepdim=True)
+        wide = wide * torch.rsqrt(mean_square + eps) * weight.to(wide.dtype).view(x.shape[-2:])
+    unrotated = x.shape[-1] - 2 * rotation.shape[1]
+    rotated = rotate_pairs(wide[..., unrotated:], rotation[:, None])
+    return torch.cat([wide[..., :unrotated], rotated], dim=-1).to(x.dtype)
+
+
+def _reference(
+    k: Tensor,
+    v: Tensor,
+    k_weight: Tensor | None,
+    rotation: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    eps: float,
+) -> None:
+    written = slots >= 0
+    pages = slots[written].long()
+    k_pages[pages] = _normalise_and_rotate(k, k_weight, rotation, eps).transpose(2, 3)[written]
+    v_pages[pages] = v.transpose(2, 3)[written]
+
+
+def _reference_with_query(q: Tensor, q_weight: Tensor | None, *frames: object) -> Tensor:
+    _reference(*frames)  # type: ignore[arg-type]
+    _, _, _, rotation, _, _, _, eps = frames
+    return _normalise_and_rotate(q, q_weight, rotation, eps).flatten(1, 2)  # type: ignore[arg-type]
+
+
+def _fake_with_query(q: Tensor, q_weight: Tensor | None, *frames: object) -> Tensor:
+    batch, count, tokens, heads, head_dim = q.shape
+    return q.new_empty(batch, count * tokens, heads, head_dim)
+
+
+LIBRARY.impl("insert", _reference, "CompositeExplicitAutograd")
+LIBRARY.impl("insert_with_query", _reference_with_query, "CompositeExplicitAutograd")
+torch.library.register_fake("longlive_rag::insert", lambda *frames: None, lib=LIBRARY)
+torch.library.register_fake("longlive_rag::insert_with_query", _fake_with_query, lib=LIBRARY)

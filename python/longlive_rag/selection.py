@@ -1,0 +1,104 @@
+"""Which frames come back: the paper's similarity search, and the controls every comparison needs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from longlive_rag.context import UNUSED
+from longlive_rag.index import LatentIndex
+
+
+@dataclass(frozen=True)
+class Request:
+    """A block asks for memory."""
+
+    start: int
+    """First frame of the block."""
+    query: Tensor
+    """Embedding that asks, [B, D]."""
+    candidates: range
+    """Frames that may come back."""
+    k: int
+    """How many may."""
+
+
+class Selection(Protocol):
+    """Chooses frames for a block."""
+
+    def select(self, request: Request, index: LatentIndex) -> tuple[Tensor, Tensor]:
+        """Frames int32 [B, k], unused entries negative, and their similarity to the query, float32 [B, k]."""
+        ...
+
+
+class SimilaritySelection:
+    """The k candidates most similar to the query (the paper's, arXiv 2606.02553)."""
+
+    def select(self, request: Request, index: LatentIndex) -> tuple[Tensor, Tensor]:
+        return index.search(request.query, request.candidates.start, request.candidates.stop, request.k)
+
+
+class _Control(ABC):
+    """A choice that does not look at the embeddings; the similarity is reported all the same."""
+
+    @abstractmethod
+    def choose(self, request: Request, batch: int) -> Sequence[Sequence[int]]:
+        """Frames for each video, best first; those that are no candidates are passed over."""
+
+    def select(self, request: Request, index: LatentIndex) -> tuple[Tensor, Tensor]:
+        batch = request.query.shape[0]
+        frames = torch.full((batch, request.k), UNUSED, dtype=torch.int32)
+        for sample, chosen in enumerate(self.choose(request, batch)):
+            allowed = [frame for frame in chosen if frame in request.candidates][: request.k]
+            frames[sample, : len(allowed)] = torch.tensor(allowed, dtype=torch.int32)
+        frames = frames.to(request.query.device)
+        return frames, index.similarity(request.query, frames)
+
+
+class RandomSelection(_Control):
+    """k candidates at random, other ones for each video and block, the same for the same seed."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def choose(self, request: Request, batch: int) -> Sequence[Sequence[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + request.start)
+        count, first = len(request.candidates), request.candidates.start
+        return [(first + torch.randperm(count, generator=generator)[: request.k]).tolist() for _ in range(batch)]
+
+
+class RecentSelection(_Control):
+    """The k newest candidates."""
+
+    def choose(self, request: Request, batch: int) -> Sequence[Sequence[int]]:
+        return [request.candidates[::-1][: request.k]] * batch
+
+
+class UniformSelection(_Control):
+    """k candidates at equal distances over the whole past."""
+
+    def choose(self, request: Request, batch: int) -> Sequence[Sequence[int]]:
+        count = len(request.candidates)
+        if count <= request.k:
+            return [request.candidates] * batch
+        places = torch.linspace(0, count - 1, request.k).round().long().tolist()
+        return [[request.candidates[place] for place in places]] * batch
+
+
+class OracleSelection(_Control):
+    """What somebody who knows the answer would choose.
+
+    Args:
+        answer: from the first frame of a block and the number of videos to the frames for each video, best first.
+    """
+
+    def __init__(self, answer: Callable[[int, int], Sequence[Sequence[int]]]) -> None:
+        self.answer = answer
+
+    def choose(self, request: Request, batch: int) -> Sequence[Sequence[int]]:
+        return self.answer(request.start, batch)
