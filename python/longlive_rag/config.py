@@ -32,7 +32,7 @@ class RetrievalConfig:
     block_frames: int = 3
     """Latent frames denoised together."""
     positions: Positions = "relative"
-    """Temporal positions: "relative" to the left end of the context (the paper's), or "absolute", each frame's own index."""
+    """Temporal positions: "relative" to the left end of the context (the paper's), or "absolute", the frame index."""
     query: Query = "latest"
     """What asks: the "latest" finished frame (the paper's), or the "draft": the block's own clean prediction after its
     first denoising step, which also finds what a scene change brings back."""

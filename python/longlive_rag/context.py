@@ -1,4 +1,7 @@
-"""Which frames a block sees, and at which temporal positions. Integers in, tables out: no attention code knows a policy."""
+"""Which frames a block sees, and at which temporal positions: integers in, tables out.
+
+No attention code knows of any policy; native sliding window, relative and absolute positions are all plans.
+"""
 
 from __future__ import annotations
 

@@ -177,12 +177,14 @@ class RetrievalMemory:
         plan = self.plan
         if k.shape[:2] != (self.batch, plan.frames):
             raise ValueError(
-                f"k must hold {self.batch} videos and the block's {plan.frames} frames, [B, F, T, H, D], got {list(k.shape)}"
+                f"k must hold {self.batch} videos and the block's {plan.frames} frames, [B, F, T, H, D], "
+                f"got {list(k.shape)}"
             )
         k_pages, v_pages = self.bank.k_pages[layer], self.bank.v_pages[layer]
         block_slots, slots, positions, query_position = self._tables
-        q = ops.insert(k, v, k_weight, self._rotation, k_pages, v_pages, block_slots, eps, q, q_weight)
-        return ops.attend(q, k_pages, v_pages, slots, positions, query_position, self._frequencies)
+        turned = ops.insert(k, v, k_weight, self._rotation, k_pages, v_pages, block_slots, eps, q, q_weight)
+        assert turned is not None
+        return ops.attend(turned, k_pages, v_pages, slots, positions, query_position, self._frequencies)
 
     def commit(self, latents: Tensor) -> Tensor:
         """Finish the current block: embed its clean latents [B, F, C, H, W] and index them.
@@ -236,7 +238,10 @@ class RetrievalMemory:
         return block_slots, slots, positions, query_position
 
     def _write_tables(self, plan: ContextPlan) -> None:
-        """Fill the tables in place, so that captured graphs see the new block; only another block length needs new ones."""
+        """Fill the tables in place, so that captured graphs see the new block.
+
+        Only another block length needs new ones.
+        """
         if self._tables[0].shape[1] != plan.frames:
             self._tables = self._block_tables(plan)
         block_slots, slots, positions, query_position = self._tables

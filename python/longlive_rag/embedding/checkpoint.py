@@ -66,6 +66,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     try:
         with safe_open(path, "pt") as file:
             config = json.loads((file.metadata() or {}).get("config", "{}"))
-            return {name: file.get_tensor(name) for name in file.keys()}, config
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, config
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from error

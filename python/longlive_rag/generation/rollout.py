@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.embedding import AveragePool, Embedding
-from longlive_rag.generation.sampler import Renoise, denoise, warp_steps
+from longlive_rag.generation.sampler import STEPS, Renoise, denoise, warp_steps
 from longlive_rag.memory import Retrieval, RetrievalMemory
 from longlive_rag.models import CausalWanModel
 from longlive_rag.selection import Selection
@@ -89,12 +90,11 @@ def stream(
         ValueError, TypeError: bad arguments, before any work; non-finite noise or prompts, when they come.
     """
     timesteps = warp_steps(denoising_steps, timestep_shift)
-    if not 0 <= context_noise <= 1000:
-        raise ValueError(f"context_noise must be a timestep from 0 to 1000, got {context_noise}")
+    if not 0 <= context_noise <= STEPS:
+        raise ValueError(f"context_noise must be a timestep from 0 to {STEPS}, got {context_noise}")
     schedule = _schedule(prompt_embeds)
-    weight = model.patch_embedding.weight
+    device = model.patch_embedding.weight.device
     memory: RetrievalMemory | None = None
-    draws = 0
     start = 0
     try:
         for block_noise in noise:
@@ -102,7 +102,7 @@ def stream(
             batch, frames, _, height, width = block_noise.shape
             if memory is None:
                 _check_given(given, block_noise, config)
-                generators = [torch.Generator(block_noise.device).manual_seed(seed + sample) for sample in range(batch)]
+                fresh_noise = _FreshNoise(renoise, seed, batch, device)
                 memory = RetrievalMemory(
                     config,
                     batch=batch,
@@ -110,25 +110,15 @@ def stream(
                     heads=model.num_heads,
                     head_dim=model.head_dim,
                     grid=model.token_grid(height, width),
-                    device=weight.device,
-                    dtype=weight.dtype,
+                    device=device,
+                    dtype=model.patch_embedding.weight.dtype,
                     embedding=embedding or AveragePool(),
                     capacity=capacity,
                     selection=selection,
                 )
             while schedule and schedule[0][0] <= start:
-                prompt = model.prepare_prompt(_matching_prompt(schedule.pop(0)[1], batch, weight.device))
-
-            def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-                return model(latents, timestep, prompt, memory)
-
-            def fresh_noise(shape: tuple[int, ...]) -> Tensor:
-                nonlocal draws
-                draws += 1
-                if renoise is not None:
-                    return renoise(draws - 1, shape)
-                each = (shape[0] // len(generators), *shape[1:])
-                return torch.cat([torch.randn(each, generator=g, device=block_noise.device) for g in generators])
+                prompt = model.prepare_prompt(_matching_prompt(schedule.pop(0)[1], batch, device))
+            predict = partial(model, prompt=prompt, attention=memory)
 
             memory.begin_block(start, frames)
             if given is not None and start < given.shape[1]:
@@ -207,6 +197,21 @@ def rollout(
     )
 
 
+class _FreshNoise:
+    """The sampler's fresh noise: the caller's, or that of one seeded generator for each video."""
+
+    def __init__(self, renoise: Renoise | None, seed: int, batch: int, device: torch.device) -> None:
+        self.renoise, self.drawn = renoise, 0
+        self.generators = [torch.Generator(device).manual_seed(seed + video) for video in range(batch)]
+
+    def __call__(self, shape: tuple[int, ...]) -> Tensor:
+        self.drawn += 1
+        if self.renoise is not None:
+            return self.renoise(self.drawn - 1, shape)
+        each = (shape[0] // len(self.generators), *shape[1:])
+        return torch.cat([torch.randn(each, generator=g, device=g.device) for g in self.generators])
+
+
 def _check_latents(name: str, latents: Tensor, model: CausalWanModel) -> None:
     if latents.ndim != 5 or latents.shape[2] != model.in_dim:
         raise ValueError(f"{name} must be [B, frames, {model.in_dim}, height, width], got {list(latents.shape)}")
@@ -224,7 +229,8 @@ def _check_given(given: Tensor | None, noise: Tensor, config: RetrievalConfig) -
         return
     if given.ndim != 5 or given.shape[0] != noise.shape[0] or given.shape[2:] != noise.shape[2:]:
         raise ValueError(
-            f"given must be [{noise.shape[0]}, n, {', '.join(map(str, noise.shape[2:]))}] like the noise, got {list(given.shape)}"
+            f"given must be [{noise.shape[0]}, n, {', '.join(map(str, noise.shape[2:]))}] like the noise, "
+            f"got {list(given.shape)}"
         )
     if given.shape[1] % config.block_frames:
         raise ValueError(f"given must hold whole blocks of {config.block_frames} latent frames, got {given.shape[1]}")

@@ -1,8 +1,8 @@
 """The Wan 2.1 text-to-video transformer, causal and with memory.
 
-Parameter names and shapes are those of the public Wan-family checkpoints, so that they load strictly. The model holds no
-cache and knows no context policy: self-attention goes through an ``Attention`` that the caller supplies, in generation a
-`RetrievalMemory`.
+Parameter names and shapes are those of the public Wan-family checkpoints, so that they load strictly. The model holds
+no cache and knows no context policy: self-attention goes through an ``Attention`` that the caller supplies, in
+generation a `RetrievalMemory`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SIZES: dict[str, dict[str, int]] = {
-    "1.3B": dict(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
-    "5B": dict(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48),
-    "14B": dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40),
+    "1.3B": {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30},
+    "5B": {"dim": 3072, "ffn_dim": 14336, "num_heads": 24, "num_layers": 30, "in_dim": 48, "out_dim": 48},
+    "14B": {"dim": 5120, "ffn_dim": 13824, "num_heads": 40, "num_layers": 40},
 }
 
 Prompt = list[tuple[Tensor, Tensor]]
@@ -102,7 +102,8 @@ class CausalWanModel(nn.Module):
         rows, columns = self.patch_size[1:]
         if height % rows or width % columns:
             raise ValueError(
-                f"latents must have a height and width divisible by the patch ({rows}, {columns}), got {height} x {width}"
+                f"latents must have a height and width divisible by the patch ({rows}, {columns}), "
+                f"got {height} x {width}"
             )
         return height // rows, width // columns
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, float16, float32, float64, bfloat16, is_grad_enabled
+from torch import Tensor, bfloat16, float16, float32, float64, is_grad_enabled
 from torch.library import Library
 
 LIBRARY = Library("longlive_rag", "DEF")

@@ -161,23 +161,37 @@ def _gather(
     return queries.flatten(2, 3), keys.flatten(2, 3), pages(v_pages).flatten(2, 3), mask
 
 
-def _attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+def _reference(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    query_position: Tensor,
+    rotation: Tensor,
+    scale: float,
+) -> Tensor:
+    queries, keys, values, mask = _gather(q, k_pages, v_pages, slots, positions, query_position, rotation)
     out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
     out = out.masked_fill(~mask.any(dim=-1, keepdim=True), 0)
-    return out.transpose(1, 2).to(dtype).contiguous()
+    return out.transpose(1, 2).to(q.dtype).contiguous()
 
 
-def _reference(q: Tensor, *context: object) -> Tensor:
-    *tables, scale = context
-    return _attention(*_gather(q, *tables), scale, q.dtype)  # type: ignore[arg-type]
-
-
-def _reference_with_lse(q: Tensor, *context: object) -> tuple[Tensor, Tensor]:
-    *tables, scale = context
-    queries, keys, values, mask = _gather(q, *tables)  # type: ignore[arg-type]
+def _reference_with_lse(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    query_position: Tensor,
+    rotation: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    context = (q, k_pages, v_pages, slots, positions, query_position, rotation)
+    queries, keys, _, mask = _gather(*context)
     scores = (queries @ keys.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
     lse = scores.logsumexp(dim=-1).transpose(1, 2).float().contiguous()
-    return _attention(queries, keys, values, mask, scale, q.dtype), lse  # type: ignore[arg-type]
+    return _reference(*context, scale), lse
 
 
 def _fake(q: Tensor, *context: object) -> Tensor:
