@@ -2,8 +2,8 @@
 
     from longlive_rag import RetrievalConfig, RetrievalMemory, patch, rollout
 
-The names below are imported when they are first used, so that ``import longlive_rag`` and ``longlive-rag --help`` do not
-wait for torch.
+The names below are imported when they are first used, so that ``import longlive_rag`` and ``longlive-rag --help``
+do not wait for torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from longlive_rag.backbones import patch
     from longlive_rag.config import RetrievalConfig
-    from longlive_rag.generation import rollout, stream
+    from longlive_rag.generation.rollout import rollout, stream
     from longlive_rag.memory import RetrievalMemory
 
 __version__ = "0.1.0"
@@ -25,8 +25,8 @@ _MODULES = {
     "RetrievalConfig": "longlive_rag.config",
     "RetrievalMemory": "longlive_rag.memory",
     "patch": "longlive_rag.backbones",
-    "rollout": "longlive_rag.generation",
-    "stream": "longlive_rag.generation",
+    "rollout": "longlive_rag.generation.rollout",
+    "stream": "longlive_rag.generation.rollout",
 }
 
 

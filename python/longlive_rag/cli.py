@@ -24,6 +24,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "info": Command("longlive_rag.commands.info", "Info", "versions, and whether a GPU can be used"),
+    "evaluate": Command("longlive_rag.commands.evaluate", "Evaluate", "drift of each of several videos"),
 }
 
 # Packages that come with an extra: missing, they are the user's choice and no fault of the installation.
@@ -41,8 +42,8 @@ class _UsageError(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status.
 
-    Wrong use (bad arguments, ValueError, TypeError, OSError from the command) is told in one line on stderr and gives 2, an
-    interrupt gives 130. Anything else is a fault of this package and keeps its traceback.
+    Wrong use (bad arguments; ValueError, TypeError or OSError from the command) is told in one line on stderr and gives
+    2, an interrupt gives 130. Anything else is a fault of this package and keeps its traceback.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = arguments[0] if arguments else "--help"
@@ -120,22 +121,20 @@ def _parse(command: Command, program: str, arguments: list[str]) -> _Runnable:
 def _condense(box: str, program: str) -> str:
     """The sentence in the box that tyro draws around a complaint.
 
-    A box has sections between rules: the complaint, at times a suggestion, then help, which is indented by eight or points
-    to --help.
+    Under its title a box has sections between rules: the complaint, at times a suggestion, then help. Where the
+    terminal cannot show a frame there are spaces in its place.
     """
-    rows = [re.sub(r"^[│|] ?| *[│|]$", "", row) for row in box.splitlines()]
-    rows = [row for row in rows if row.strip() and not row.startswith(("╭", "╰"))]
     sections: list[list[str]] = [[]]
-    for row in rows:
-        if set(row.strip()) == {"─"}:
+    for row in box.splitlines():
+        text = row[2:].rstrip(" │")
+        is_help = text.startswith(" " * 8)
+        if row.startswith("╭") or (text and set(text) <= {"─", "-"}):
             sections.append([])
-        elif len(row) - len(row.lstrip()) < 8:
-            sections[-1].append(row.strip())
-    kept = [
-        section
-        for index, section in enumerate(sections)
-        if section and (index == 0 or section[0].startswith("Perhaps"))
-    ]
-    text = "; ".join(" ".join(section) for section in kept).replace(f"Missing from {program}:", "missing")
-    text = re.sub(r" ([.,:;])", r"\1", text).rstrip(".")
-    return text[:1].lower() + text[1:]
+        elif text and not is_help:
+            sections[-1].append(text.strip())
+    _title, complaint, *others = sections
+    suggestions = [section for section in others if section and section[0].startswith("Perhaps you meant")]
+    message = "; ".join(" ".join(section) for section in [complaint, *suggestions])
+    message = message.replace(f"Missing from {program}:", "missing").replace("; P", "; p")
+    message = re.sub(r" ([.,:;])", r"\1", message).rstrip(".")  # a wrapped line may begin with its full stop
+    return message[:1].lower() + message[1:]

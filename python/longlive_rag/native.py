@@ -90,7 +90,7 @@ def _unavailable(module: ModuleType, architectures: tuple[str, ...]) -> str | No
     capability = torch.cuda.get_device_capability()
     if not any(runs_on(architecture, capability) for architecture in architectures):
         return (
-            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, but the kernels are "
-            f"built for {', '.join(architectures)}"
+            f"the kernels are built for {', '.join(architectures)}, but {torch.cuda.get_device_name()} has compute "
+            f"capability {capability[0]}.{capability[1]}"
         )
     return None

@@ -1,0 +1,49 @@
+# make demo    set everything up and generate the demo's videos into demo_output/
+# make test    set everything up and run the tests
+# make lint    formatting, lint and types
+# make wheel   a wheel in dist/, with the CUDA kernels if nvcc is found (LONGLIVE_RAG_CUDA=ON: or fail)
+#
+# PYTHON: the interpreter to set up with, 3.10 to 3.13.     TORCH: what to install as torch, as for pip.
+# VENV: where the virtual environment goes.                 PYTEST_ARGS: more arguments for pytest.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f)
+CXX_SOURCES := $(filter %.h %.cuh %.cpp %.cu,$(shell find csrc tests -type f))
+
+.PHONY: demo test lint wheel clean
+
+demo: $(VENV)/installed
+	$(BIN)/longlive-rag demo --output demo_output
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+wheel: $(VENV)/torch
+	$(PIP) wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist demo_output
+
+# torch comes first and by exact version: the newest one would otherwise be taken, with gigabytes of CUDA libraries.
+$(VENV)/torch:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v[:2] >= (3, 10) else f"Python 3.10 or newer is needed, but $(PYTHON) is {v[0]}.{v[1]}; give another: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install "$(TORCH)"
+	@touch $@
+
+# Editable: Python files are used where they lie, so only a change of the native code or of the metadata installs again.
+$(VENV)/installed: $(VENV)/torch pyproject.toml $(NATIVE_SOURCES)
+	$(PIP) install --editable ".[dev]"
+	@touch $@

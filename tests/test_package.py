@@ -1,0 +1,131 @@
+"""What an installation promises: its names, its light import, the extension's facts, and files written whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import longlive_rag
+from longlive_rag import native
+from longlive_rag.files import atomic_path, check_writable, output_folder, write_json
+
+
+def test_every_public_name_can_be_imported() -> None:
+    for name in longlive_rag.__all__:
+        assert getattr(longlive_rag, name) is not None
+        assert name in dir(longlive_rag)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="retrival"):
+        _ = longlive_rag.retrival
+
+
+def test_the_extension_needs_neither_torch_nor_a_driver_to_be_imported() -> None:
+    probe = (
+        "import json, sys, longlive_rag._C\n"
+        "files = {line.split()[-1].rsplit('/', 1)[-1] for line in open('/proc/self/maps')}\n"
+        "print(json.dumps(['torch' in sys.modules, sorted(f for f in files if f.startswith(('libcuda', 'libtorch')))]))"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [False, []]
+
+
+def test_kernels_for_every_supported_gpu_are_built() -> None:
+    status = native.cuda_status()
+    if not status.built:
+        pytest.skip(f"CUDA kernels: {status.reason}")
+    if os.environ.get("CUDAARCHS"):
+        pytest.skip("CUDAARCHS narrows the architectures on purpose")
+    for capability in [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1), (13, 0)]:
+        assert any(native.runs_on(architecture, capability) for architecture in status.architectures), capability
+    assert "sm_90a" in status.architectures
+
+
+@pytest.mark.parametrize(
+    ("architecture", "capability", "runs"),
+    [
+        ("sm_80", (8, 0), True),
+        ("sm_80", (8, 9), True),
+        ("sm_80", (9, 0), False),
+        ("sm_86", (8, 0), False),
+        ("sm_90a", (9, 0), True),
+        ("sm_90a", (10, 0), False),
+        ("sm_100", (10, 3), True),
+        ("sm_100f", (10, 3), True),
+        ("sm_100f", (12, 0), False),
+        ("compute_90", (12, 0), True),
+        ("compute_90a", (12, 0), False),
+        ("compute_120", (10, 0), False),
+        ("compute_120", (12, 1), True),
+    ],
+)
+def test_which_code_runs_on_which_gpu(architecture: str, capability: tuple[int, int], runs: bool) -> None:
+    assert native.runs_on(architecture, capability) is runs
+
+
+def test_a_name_that_is_no_architecture_is_refused() -> None:
+    with pytest.raises(ValueError, match="'90a'"):
+        native.runs_on("90a", (9, 0))
+
+
+@pytest.mark.cuda
+def test_the_kernels_are_available_where_torch_has_a_gpu() -> None:
+    status = native.cuda_status()
+    assert status.available
+    assert status.reason is None
+    assert native.kernels() is not None
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="half"), atomic_path(path) as partial:
+        assert partial.parent == tmp_path
+        assert partial.suffix == path.suffix
+        partial.write_text("ne")
+        raise RuntimeError("half way")
+    assert path.read_text() == "old"
+    with atomic_path(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_without_numbers_that_json_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    write_json(path, {"accuracy": 0.5})
+    assert json.loads(path.read_text()) == {"accuracy": 0.5}
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"accuracy": float("nan")})
+    assert json.loads(path.read_text()) == {"accuracy": 0.5}
+
+
+def test_outputs_that_cannot_be_written_are_refused_beforehand(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+        check_writable(tmp_path)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        check_writable(tmp_path / "missing" / "report.json")
+    with pytest.raises(NotADirectoryError, match="file"):
+        output_folder(file)
+    with pytest.raises(OSError, match="file"):
+        output_folder(file / "below")
+    assert output_folder(tmp_path / "a" / "b").is_dir()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(PermissionError, match=str(tmp_path)):
+        check_writable(tmp_path / "report.json")
+    with pytest.raises(PermissionError, match=str(tmp_path)):
+        output_folder(tmp_path)
