@@ -103,25 +103,25 @@ def test_size_may_not_change(tmp_path):
 
 
 def test_unusable_destinations_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="folder of .*missing/video.mp4 does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"folder .*missing of .*video\.mp4 does not exist"):
         VideoWriter(tmp_path / "missing" / "video.mp4", fps=8)
-    with pytest.raises(ValueError, match=".mp4"):
+    with pytest.raises(ValueError, match=r"\.mp4"):
         VideoWriter(tmp_path / "video.gif", fps=8)
     with pytest.raises(ValueError, match="fps"):
         VideoWriter(tmp_path / "video.mp4", fps=0)
     with pytest.raises(ValueError, match="47 x 64"):
         VideoWriter(tmp_path / "video.mp4", fps=8, size=(47, 64))
     (tmp_path / "folder.mp4").mkdir()
-    with pytest.raises(IsADirectoryError, match="folder.mp4"):
+    with pytest.raises(IsADirectoryError, match=r"folder\.mp4"):
         VideoWriter(tmp_path / "folder.mp4", fps=8)
 
 
 def test_unreadable_videos_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.mp4"):
+    with pytest.raises(FileNotFoundError, match=r"none\.mp4"):
         read_video(tmp_path / "none.mp4")
     text = tmp_path / "text.mp4"
     text.write_text("this is no video")
-    with pytest.raises(ValueError, match="text.mp4 is not a readable video"):
+    with pytest.raises(ValueError, match=r"text\.mp4 is not a readable video"):
         read_video(text)
     sound = tmp_path / "sound.wav"
     with av.open(str(sound), "w") as container:
@@ -130,7 +130,7 @@ def test_unreadable_videos_are_refused(tmp_path):
         samples.sample_rate = 8000
         container.mux(stream.encode(samples))
         container.mux(stream.encode(None))
-    with pytest.raises(ValueError, match="sound.wav holds no video stream"):
+    with pytest.raises(ValueError, match=r"sound\.wav holds no video stream"):
         read_video(sound)
 
 
@@ -144,13 +144,13 @@ def test_truncated_video_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"video.mp4 is (truncated|damaged)"):
         read_video(path)
     path.write_bytes(data[:200])
-    with pytest.raises(ValueError, match="video.mp4 (is not a readable video|holds no video)"):
+    with pytest.raises(ValueError, match=r"video\.mp4 (is not a readable video|holds no video)"):
         read_video(path)
 
 
 def test_side_by_side_keeps_every_panel_and_labels_it():
     names = ("one", "two", "three")
-    panels = {name: np.full((2, 49, 65, 3), value, np.uint8) for name, value in zip(names, (60, 120, 180))}
+    panels = {name: np.full((2, 49, 65, 3), value, np.uint8) for name, value in zip(names, (60, 120, 180), strict=True)}
     grid = side_by_side(panels, columns=2)
     assert grid.shape[0] == 2
     assert grid.shape[1] % 2 == 0 and grid.shape[2] % 2 == 0

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from longlive_rag.files import atomic_path, check_writable
+
 if TYPE_CHECKING:
     import av
     import av.container
@@ -43,7 +45,7 @@ class VideoWriter:
 
     Raises:
         ValueError: a suffix other than `.mp4`, an odd size, a frame rate or quality out of range.
-        OSError: the folder is missing or cannot be written to.
+        OSError: `path` is a folder, or its folder is missing or cannot be written to.
     """
 
     def __init__(self, path: str | Path, *, fps: float, size: tuple[int, int] | None = None, quality: int = 17) -> None:
@@ -56,12 +58,7 @@ class VideoWriter:
             raise ValueError(f"quality must be between 0 and 51, got {quality}")
         if size is not None:
             _check_even(size)
-        if self.path.is_dir():
-            raise IsADirectoryError(f"path must be a file, got the folder {self.path}")
-        if not self.path.parent.is_dir():
-            raise FileNotFoundError(f"the folder of {self.path} does not exist")
-        if not os.access(self.path.parent, os.W_OK):
-            raise PermissionError(f"the folder of {self.path} cannot be written to")
+        check_writable(self.path)
         self.partial_path = self.path.with_name(f"{self.path.stem}.partial.mp4")
         self.fps = Fraction(fps).limit_denominator(1001)
         self.size = size
@@ -195,7 +192,7 @@ class VideoReader:
                 packets += packet.size > 0
                 for picture in packet.decode():
                     decoded += 1
-                    yield picture.to_ndarray(format="rgb24", width=width, height=height)
+                    yield np.asarray(picture.to_ndarray(format="rgb24", width=width, height=height), dtype=np.uint8)
         except av.error.FFmpegError as error:
             raise ValueError(f"{self.path} is damaged after frame {decoded}: {error.strerror}") from error
         # MP4's index says how many packets follow; ffmpeg itself takes a file that was cut off for a shorter one.
@@ -293,20 +290,14 @@ def _move_index_to_front(partial: Path, path: Path) -> None:
     """Repack the fragments in `partial`, without coding them again, as one ordinary file at `path`."""
     import av
 
-    beside = path.with_name(f".{path.name}.repack")
-    try:
-        with (
-            av.open(str(partial)) as source,
-            av.open(str(beside), "w", format="mp4", options={"movflags": "faststart"}) as target,
-        ):
+    with atomic_path(path) as beside:
+        layout = {"movflags": "faststart"}
+        with av.open(str(partial)) as source, av.open(str(beside), "w", format="mp4", options=layout) as target:
             stream = target.add_stream_from_template(source.streams.video[0])
             for packet in source.demux(source.streams.video[0]):
                 if packet.dts is not None:
                     packet.stream = stream
                     target.mux(packet)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
     partial.unlink()
 
 
