@@ -1,0 +1,1 @@
+"""Measuring videos and memory."""
