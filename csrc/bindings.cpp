@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <tuple>
 
+#include "cuda/device.h"
 #include "cuda/insert.h"
 
 namespace py = pybind11;
@@ -42,12 +43,12 @@ void bind_insert(const Rows& k, const Rows& v, const Rows& q, Address k_pages, A
 
 PYBIND11_MODULE(_C, module) {
 #ifdef LONGLIVE_RAG_CUDA_VERSION
+  module.def("cuda_driver_version", &cuda_driver_version);
   module.attr("cuda_version") = LONGLIVE_RAG_CUDA_VERSION;
   module.attr("cuda_architectures") = LONGLIVE_RAG_CUDA_ARCHITECTURES;
   module.def("insert", &bind_insert);
 #else
   module.attr("cuda_version") = py::none();
-  module.attr("cuda_architectures") = "";
 #endif
 }
 

@@ -37,9 +37,6 @@ constexpr unsigned kWarpgroup = 128;
 constexpr int kPoison = 0xff;  // all bits set is a NaN in every floating type and -1 in every integer
 constexpr size_t kStackBytes = 256 * 1024;
 
-enum class Order { kForward, kReverse };
-inline Order order = Order::kForward;
-
 // Operations issued in groups and finished in order, at the latest moment: cp.async, wgmma, bulk stores.
 class AsyncQueue {
  public:
@@ -204,7 +201,8 @@ inline void run_block(bool reverse) {
 // deadlock, on a store past the end of shared memory, and when a warp is not together where it has to be.
 inline void launch(dim3 grid, dim3 threads, size_t shared_bytes, std::function<void()> kernel) {
   constexpr size_t kAlignment = 1024, kGuard = 256;
-  const bool reverse = order == Order::kReverse;
+  const char* order = std::getenv("SIMT_ORDER");
+  const bool reverse = order && std::strcmp(order, "reverse") == 0;
   const unsigned count = threads.x * threads.y * threads.z, blocks = grid.x * grid.y * grid.z;
   const std::unique_ptr<char[]> stacks(new char[count * kStackBytes]);
   const std::unique_ptr<unsigned char[]> memory(new unsigned char[shared_bytes + kGuard + kAlignment]);

@@ -5,10 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from longlive_rag.ops import _cuda
 from longlive_rag.ops._library import FLOATING, LIBRARY, check_dtype, check_shape, check_tensors
 from longlive_rag.rotary import rotate_pairs
 
-_FRAMES = "Tensor k, Tensor v, Tensor? k_weight, Tensor rotation, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slots, float eps"
+MAX_WIDTH = 16384
+"""Largest H * D the CUDA kernel takes (kInsertMaxWidth of csrc/cuda/insert.h)."""
+
+_FRAMES = (
+    "Tensor k, Tensor v, Tensor? k_weight, Tensor rotation, Tensor(a!) k_pages, Tensor(b!) v_pages, "
+    "Tensor slots, float eps"
+)
 LIBRARY.define(f"insert({_FRAMES}) -> ()")
 LIBRARY.define(f"insert_with_query(Tensor q, Tensor? q_weight, {_FRAMES}) -> Tensor")
 
@@ -27,8 +34,8 @@ def insert(
 ) -> Tensor | None:
     """Write new frames into the bank, normalised and with their spatial rotation.
 
-    k becomes ``rotate(rms_norm(k) * k_weight)``, the norm taken over the whole model dimension H * D, and goes with v to
-    the page ``slots[b, f]``. The temporal rotation is left to `attend`, which is why a page never has to be rewritten.
+    k becomes ``rotate(rms_norm(k) * k_weight)``, the norm taken over the whole model dimension H * D, and goes with v
+    to the page ``slots[b, f]``. The temporal rotation is left to `attend`, which is why a page never has to be rewritten.
     Arithmetic is float32, rounded once.
 
     Args:
@@ -81,7 +88,8 @@ def _check(
         check_shape("insert", name, tensor, "[B, F, T, H, D]", batch, frames, tokens, heads, head_dim)
         if tensor.stride(4) != 1 or tensor.stride(3) != head_dim:
             raise ValueError(
-                f"insert: {name} must be contiguous over its last two dimensions [H, D], got strides {list(tensor.stride())}"
+                f"insert: {name} must be contiguous over its last two dimensions [H, D], "
+                f"got strides {list(tensor.stride())}"
             )
     for name, weight in (("k_weight", k_weight), ("q_weight", q_weight)):
         if weight is not None:
@@ -139,7 +147,76 @@ def _fake_with_query(q: Tensor, q_weight: Tensor | None, *frames: object) -> Ten
     return q.new_empty(batch, count * tokens, heads, head_dim)
 
 
+def _cuda_insert(
+    k: Tensor,
+    v: Tensor,
+    k_weight: Tensor | None,
+    rotation: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    eps: float,
+) -> None:
+    if _has_kernel(k):
+        _launch(k, v, k_weight, rotation, k_pages, v_pages, slots, eps, None, None, None)
+    else:
+        _reference(k, v, k_weight, rotation, k_pages, v_pages, slots, eps)
+
+
+def _cuda_insert_with_query(q: Tensor, q_weight: Tensor | None, k: Tensor, *frames: object) -> Tensor:
+    if not _has_kernel(k):
+        return _reference_with_query(q, q_weight, k, *frames)
+    q_out = _fake_with_query(q, q_weight)
+    _launch(k, *frames, q, q_weight, q_out)  # type: ignore[arg-type]
+    return q_out
+
+
+def _has_kernel(k: Tensor) -> bool:
+    """What csrc/cuda/insert.cuh handles; the rest is left to the reference."""
+    heads, head_dim = k.shape[3:]
+    return k.dtype in _cuda.DTYPE_CODES and head_dim % 8 == 0 and heads * head_dim <= MAX_WIDTH
+
+
+def _launch(
+    k: Tensor,
+    v: Tensor,
+    k_weight: Tensor | None,
+    rotation: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    eps: float,
+    q: Tensor | None,
+    q_weight: Tensor | None,
+    q_out: Tensor | None,
+) -> None:
+    rotation, slots = rotation.contiguous(), slots.contiguous()
+    rows = []
+    for tensor, weight in ((k, k_weight), (v, None), (q, q_weight)):
+        tensor = None if tensor is None else _cuda.aligned(tensor, 3)
+        rows.append((tensor, None if weight is None else weight.contiguous()))
+    _cuda.launch(
+        "insert",
+        k.device,
+        *map(_row_arguments, rows),
+        *map(_cuda.address, (k_pages, v_pages, q_out, rotation, slots)),
+        tuple(k.shape),
+        rotation.shape[1],
+        _cuda.DTYPE_CODES[k.dtype],
+        eps,
+    )
+
+
+def _row_arguments(row: tuple[Tensor | None, Tensor | None]) -> tuple[int, int, int, int, int, bool]:
+    tensor, weight = row
+    b, f, t = (0, 0, 0) if tensor is None else tensor.stride()[:3]
+    return _cuda.address(tensor), b, f, t, _cuda.address(weight), weight is not None and weight.dtype == torch.float32
+
+
 LIBRARY.impl("insert", _reference, "CompositeExplicitAutograd")
 LIBRARY.impl("insert_with_query", _reference_with_query, "CompositeExplicitAutograd")
 torch.library.register_fake("longlive_rag::insert", lambda *frames: None, lib=LIBRARY)
 torch.library.register_fake("longlive_rag::insert_with_query", _fake_with_query, lib=LIBRARY)
+if _cuda.available():
+    LIBRARY.impl("insert", _cuda_insert, "CUDA")
+    LIBRARY.impl("insert_with_query", _cuda_insert_with_query, "CUDA")

@@ -1,0 +1,53 @@
+"""What the CUDA implementations of the operations share: how tensors and the stream are handed to `longlive_rag._C`.
+
+The extension takes addresses. Every tensor whose address is taken must stay referenced until the launch, so callers keep
+it in a variable.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longlive_rag import native
+
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""`DType` of csrc/core/scalar.cuh."""
+
+
+def available() -> bool:
+    """Whether the kernels are compiled in, so that they are what a CUDA tensor gets."""
+    return native.kernels() is not None
+
+
+def launch(operation: str, device: torch.device, *arguments: object) -> None:
+    """Call the extension's `operation` on torch's current stream of `device`.
+
+    Raises:
+        RuntimeError: CUDA refused the launch; the message names the operation and CUDA's reason.
+    """
+    kernels = native.kernels()
+    assert kernels is not None
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    if device.index == torch.cuda.current_device():
+        getattr(kernels, operation)(*arguments, stream)
+        return
+    with torch.cuda.device(device):
+        getattr(kernels, operation)(*arguments, stream)
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def aligned(tensor: Tensor, dimensions: int) -> Tensor:
+    """The tensor, copied only if a row does not begin at a multiple of 16 bytes.
+
+    Args:
+        tensor: the rows lie along the dimensions after the first `dimensions`.
+    """
+    size = tensor.element_size()
+    steps = (stride * size for stride, count in zip(tensor.stride()[:dimensions], tensor.shape) if count > 1)
+    if tensor.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in steps):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,128 @@
+"""The extension with its CUDA kernels compiled for the CPU, over the emulator in csrc/emulator.
+
+The kernels' own bodies, launchers and binding run; only the `.cu` compiler and the GPU are replaced. With an edited copy
+of the sources, a test can show that it would catch the fault.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import pytest
+import torch
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+CACHE = CSRC.parent / "build" / "emulated"
+FLAGS = [
+    *"-std=c++20 -O2 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas".split(),
+    '-DLONGLIVE_RAG_CUDA_VERSION="emulated"',
+    '-DLONGLIVE_RAG_CUDA_ARCHITECTURES="host"',
+]
+# The operators of torch.ops.longlive_rag that have a kernel, and the function of longlive_rag.ops that launches it.
+OPERATORS = {
+    "insert": ("insert", "_cuda_insert"),
+    "insert_with_query": ("insert", "_cuda_insert_with_query"),
+}
+
+Edit = tuple[str, str, str]
+"""A file below csrc, a text that occurs in it exactly once, and what stands there instead."""
+
+
+@functools.cache
+def build(*edits: Edit) -> ModuleType:
+    """Compile and import the emulated extension. Objects are kept by content, so only what changed is compiled.
+
+    Skips the test where there is no C++ compiler or no pybind11.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler to build the emulated kernels with")
+    pybind11 = pytest.importorskip("pybind11", reason="the emulated kernels are bound with pybind11")
+    includes = [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
+    source = _edited(edits) if edits else CSRC
+    command = [*shlex.split(compiler), *FLAGS, f"-I{source}"]
+    objects = [_compile(command, file, []) for file in sorted(source.glob("cuda/*.cu"))]
+    objects.append(_compile(command, source / "bindings.cpp", includes))
+    library = CACHE / f"_C_{_digest(*objects)}.so"
+    if not library.exists():
+        _run([*shlex.split(compiler), "-shared", *map(str, objects), "-o"], library)
+    return _load(library)
+
+
+@contextlib.contextmanager
+def backend(module: ModuleType) -> Iterator[list[str]]:
+    """Let `longlive_rag.ops` run on CPU tensors with the emulated kernels. Yields the list of launches so far."""
+    launches: list[str] = []
+
+    def launch(operation: str, device: torch.device, *arguments: object) -> None:
+        launches.append(operation)
+        getattr(module, operation)(*arguments, 0)
+
+    library = torch.library.Library("longlive_rag", "IMPL")
+    for operator, (name, function) in OPERATORS.items():
+        library.impl(operator, getattr(importlib.import_module(f"longlive_rag.ops.{name}"), function), "CPU")
+    try:
+        with mock.patch("longlive_rag.ops._cuda.launch", launch):
+            yield launches
+    finally:
+        library._destroy()
+
+
+def _edited(edits: tuple[Edit, ...]) -> Path:
+    target = CACHE / "edited" / hashlib.sha256(repr(edits).encode()).hexdigest()[:16]
+    shutil.copytree(CSRC, target, dirs_exist_ok=True)
+    for file, old, new in edits:
+        text = (target / file).read_text()
+        assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times in csrc/{file}; the edit needs exactly one"
+        (target / file).write_text(text.replace(old, new))
+    return target
+
+
+def _compile(command: list[str], file: Path, includes: list[str]) -> Path:
+    command = [*command, *includes, "-x", "c++"]
+    listing = subprocess.run([*command, "-MM", str(file)], capture_output=True, text=True, check=True).stdout
+    dependencies = [Path(name) for name in listing.replace("\\\n", " ").split()[1:]]
+    target = CACHE / f"{file.stem}_{_digest(*dependencies)}.o"
+    if not target.exists():
+        _run([*command, "-c", str(file), "-o"], target)
+    return target
+
+
+def _run(command: list[str], output: Path) -> None:
+    """Run a compiler command that ends in `-o`; the output appears whole or not at all."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_suffix(f".{os.getpid()}")
+    result = subprocess.run([*command, str(partial)], capture_output=True, text=True)
+    assert result.returncode == 0, f"{shlex.join(command)}\n{result.stderr}"
+    partial.rename(output)
+
+
+def _digest(*files: Path) -> str:
+    digest = hashlib.sha256("\0".join(FLAGS).encode())
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def _load(library: Path) -> ModuleType:
+    loader = importlib.machinery.ExtensionFileLoader("_C", str(library))
+    spec = importlib.util.spec_from_loader("_C", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
