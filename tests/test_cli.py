@@ -114,7 +114,7 @@ def test_wrong_use_is_one_line_and_status_two(arguments: str, says: str, capsys:
 
 
 def test_a_misspelt_option_is_met_with_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main("fake --count 1 --fial value".split()) == 2
+    assert cli.main(["fake", "--count", "1", "--fial", "value"]) == 2
     assert "perhaps you meant: --fail STR" in capsys.readouterr().err
 
 
