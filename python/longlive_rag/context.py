@@ -44,9 +44,16 @@ class ContextPlan:
         return max(0, self.end - self.config.context_frames) if self.config.positions == "relative" else 0
 
     @property
+    def local_columns(self) -> int:
+        """Length of the local window. A block as long as the context, which a prompt switch makes again, sees what the
+        context will then hold: of its own frames the newest, behind the sink."""
+        own = min(self.frames, self.config.context_frames - self.config.sink_frames)
+        return max(self.config.local_frames, own)
+
+    @property
     def local(self) -> range:
         """Frames of the local window, the block's own included."""
-        return range(max(0, self.end - max(self.config.local_frames, self.frames)), self.end)
+        return range(max(0, self.end - self.local_columns), self.end)
 
     @property
     def sink(self) -> range:
@@ -60,6 +67,10 @@ class ContextPlan:
         last = first + self.start - self.config.context_frames - self.config.recency_guard
         return range(first, max(first, last)) if self.config.memory_frames else range(0)
 
+    def keeps(self, frame: int) -> bool:
+        """Whether a later block may see the frame again, there being no memory."""
+        return frame < self.config.sink_frames or frame in self.local
+
     @property
     def memory_columns(self) -> slice:
         """Columns of the table that retrieved frames fill."""
@@ -68,12 +79,11 @@ class ContextPlan:
     def fixed_entries(self) -> tuple[list[int], list[int]]:
         """Frame and temporal position of every column; memory columns and unused ones are `UNUSED`."""
         config, local, sink = self.config, self.local, self.sink
-        local_columns = max(config.local_frames, self.frames)
         frames = [
             *sink,
             *[UNUSED] * (config.sink_frames - len(sink) + config.memory_frames),
             *local,
-            *[UNUSED] * (local_columns - len(local)),
+            *[UNUSED] * (self.local_columns - len(local)),
         ]
         positions = [f if f == UNUSED or f in sink else f - self.shift for f in frames]
         return frames, positions

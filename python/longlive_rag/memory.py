@@ -123,24 +123,28 @@ class RetrievalMemory:
         Raises:
             ValueError: frames between the last committed one and `start` are missing.
         """
-        if start == 0 and self.finished:
+        self.begin(ContextPlan(self.config, start, frames))
+
+    def begin(self, plan: ContextPlan) -> None:
+        """`begin_block` with a context of the caller's own."""
+        if plan.start == 0 and self.finished:
             self.reset()
-        if start > self.finished:
+        if plan.start > self.finished:
             raise ValueError(
                 f"start must be at most {self.finished}, the number of committed frames (commit(latents) each block "
-                f"before the next), got {start}"
+                f"before the next), got {plan.start}"
             )
-        self._plan = plan = ContextPlan(self.config, start, frames)
+        self._plan = plan
         if not self.config.memory_frames:
             for frame in self.bank.held():
-                if frame not in plan.local and frame >= self.config.sink_frames:
+                if not plan.keeps(frame):
                     self.bank.release(frame)
-        self.bank.acquire(range(start, plan.end))
+        self.bank.acquire(range(plan.start, plan.end))
         self._write_tables(plan)
         if not plan.candidates:
             self._chosen = None
         elif self.config.query == "latest":
-            self._choose(self.index.embeddings[:, start - 1])
+            self._choose(self.index.embeddings[:, plan.start - 1])
         elif self._chosen is not None:
             self._write_memory(self._chosen[0])
 
