@@ -56,6 +56,9 @@ class RetrievalMemory:
         capacity: latent frames to make room for at once (see `FrameBank`); ignored without memory, when only the window
             is held.
         selection: which frames come back; default the most similar ones.
+        device_frames: at most this many latent frames of each video on the device, `context_frames` or more; older ones
+            wait in host memory, and what is retrieved is copied back once per block. This costs one synchronisation per
+            block. None: all stay on the device.
 
     Source: LongLive-RAG (arXiv 2606.02553), section 3; docs/architecture.md.
     """
@@ -74,7 +77,12 @@ class RetrievalMemory:
         embedding: Embedding,
         capacity: int = 64,
         selection: Selection | None = None,
+        device_frames: int | None = None,
     ) -> None:
+        if device_frames is not None and device_frames < config.context_frames:
+            raise ValueError(
+                f"device_frames must be at least context_frames = {config.context_frames}, got {device_frames}"
+            )
         self.config, self.batch, self.embedding = config, batch, embedding
         self.device = torch.device(device)
         self.selection = selection or SimilaritySelection()
@@ -89,6 +97,7 @@ class RetrievalMemory:
             capacity=capacity if config.memory_frames else config.context_frames + config.block_frames,
             device=device,
             dtype=dtype,
+            device_frames=device_frames if config.memory_frames else None,
         )
         self.retrieved: list[Retrieval] = []
         """One entry for each block that had memory."""
@@ -136,10 +145,10 @@ class RetrievalMemory:
             )
         self._plan = plan
         if not self.config.memory_frames:
-            for frame in self.bank.held():
+            for frame in self.bank.frames():
                 if not plan.keeps(frame):
                     self.bank.release(frame)
-        self.bank.acquire(range(plan.start, plan.end))
+        self.bank.begin(range(plan.start, plan.end), [frame for frame in plan.fixed_entries()[0] if frame >= 0])
         self._write_tables(plan)
         if not plan.candidates:
             self._chosen = None
@@ -212,7 +221,7 @@ class RetrievalMemory:
 
     def close(self) -> None:
         """Give the pages back to the device. The record of what was retrieved stays."""
-        self.bank.k_pages, self.bank.v_pages = [], []
+        self.bank.close()
         self._plan = None
 
     def __enter__(self) -> RetrievalMemory:
@@ -258,6 +267,8 @@ class RetrievalMemory:
         block_slots.copy_(self.bank.slots(block.expand(self.batch, -1)))
 
     def _write_memory(self, frames: Tensor) -> None:
+        if self.bank.device_frames is not None:
+            self.bank.fetch([[frame for frame in row if frame >= 0] for row in frames.tolist()])
         _, slots, positions, _ = self._tables
         columns = self.plan.memory_columns
         slots[:, columns] = self.bank.slots(frames)

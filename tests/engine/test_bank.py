@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,10 +10,11 @@ from hypothesis import strategies as st
 from longlive_rag.bank import FrameBank
 
 
-def bank(capacity: int, batch: int = 2) -> FrameBank:
+def bank(capacity: int, batch: int = 2, device_frames: int | None = None) -> FrameBank:
     return FrameBank(
-        layers=2, batch=batch, heads=1, tokens=3, head_dim=4, capacity=capacity, device="cpu", dtype=torch.float32
-    )
+        layers=2, batch=batch, heads=1, tokens=3, head_dim=4, capacity=capacity, device="cpu", dtype=torch.float32,
+        device_frames=device_frames,
+    )  # fmt: skip
 
 
 def slots(pages: FrameBank, frames: list[int]) -> torch.Tensor:
@@ -24,15 +26,15 @@ def test_every_held_frame_keeps_its_content(steps: list[tuple[bool, int]], capac
     pages = bank(capacity, batch)
     for acquire, frame in steps:
         if acquire:
-            new = frame not in pages.held()
-            pages.acquire(range(frame, frame + 1))
+            new = frame not in pages.frames()
+            pages.begin(range(frame, frame + 1), [])
             if new:
                 for layer in range(2):
                     for video, slot in enumerate(slots(pages, [frame])[:, 0].tolist()):
                         pages.k_pages[layer][slot] = 100 * frame + 10 * video + layer
-        elif frame in pages.held():
+        elif frame in pages.frames():
             pages.release(frame)
-        held = pages.held()
+        held = pages.frames()
         table = slots(pages, held)
         assert table.unique().numel() == table.numel(), "two frames share a page"
         for column, held_frame in enumerate(held):
@@ -44,18 +46,46 @@ def test_every_held_frame_keeps_its_content(steps: list[tuple[bool, int]], capac
 
 def test_frames_without_a_page_are_unused() -> None:
     pages = bank(4)
-    pages.acquire(range(2))
-    assert (slots(pages, [-1, 3, 99999 % 4]) < 0).all()
+    pages.begin(range(2), [])
+    assert (slots(pages, [-1, 3]) < 0).all()
 
 
 def test_within_the_capacity_nothing_is_allocated_or_moved() -> None:
     pages = bank(8)
     before = [pool.data_ptr() for pool in pages.k_pages + pages.v_pages]
-    pages.acquire(range(8))
+    pages.begin(range(8), [])
     pages.clear()
-    pages.acquire(range(100, 108))
+    pages.begin(range(100, 108), [])
     assert [pool.data_ptr() for pool in pages.k_pages + pages.v_pages] == before
 
 
 def test_frame_bytes() -> None:
     assert bank(4).frame_bytes == 2 * 2 * 1 * 3 * 4 * 4
+
+
+@given(st.lists(st.lists(st.integers(0, 60), max_size=3), min_size=1, max_size=40), st.integers(1, 3))
+def test_with_a_budget_frames_come_back_as_they_were(asked: list[list[int]], batch: int) -> None:
+    pages = bank(capacity=2, batch=batch, device_frames=5)
+    assert pages.capacity == 5
+    for frame, wanted in enumerate(asked):
+        pages.begin(range(frame, frame + 1), [frame - 1] if frame else [])
+        for video, slot in enumerate(slots(pages, [frame])[:, 0].tolist()):
+            for layer in range(2):
+                pages.k_pages[layer][slot] = 100 * frame + 10 * video + layer
+                pages.v_pages[layer][slot] = -(100 * frame + 10 * video + layer)
+        rows = [[(one + video) % (frame + 1) for one in wanted] for video in range(batch)]
+        pages.fetch(rows)
+        at_hand = [sorted({*row, frame, max(frame - 1, 0)}) for row in rows]
+        for video, row in enumerate(at_hand):
+            for one, slot in zip(row, slots(pages, row)[video].tolist(), strict=True):
+                assert slot >= 0
+                for layer in range(2):
+                    assert bool((pages.k_pages[layer][slot] == 100 * one + 10 * video + layer).all())
+                    assert bool((pages.v_pages[layer][slot] == -(100 * one + 10 * video + layer)).all())
+        assert pages.capacity == 5
+
+
+def test_a_budget_that_cannot_hold_one_block_is_refused() -> None:
+    pages = bank(capacity=4, device_frames=2)
+    with pytest.raises(ValueError, match="device_frames must hold all that a block writes and sees"):
+        pages.begin(range(3), [])

@@ -122,7 +122,7 @@ def test_without_memory_only_the_window_is_held() -> None:
     engine = memory(config)
     for start in range(1200):
         run_block(engine, start, seed=start % 7, passes=1)
-        assert len(engine.bank.held()) <= config.context_frames
+        assert len(engine.bank.frames()) <= config.context_frames
     assert engine.bank.capacity == config.context_frames + config.block_frames
     assert engine.retrieved == []
 
@@ -141,6 +141,28 @@ def test_far_beyond_1024_frames(positions: str) -> None:
             early = recent
     for one, other in zip(early, recent, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("query", ["latest", "draft"])
+def test_a_device_budget_changes_nothing_but_where_pages_lie(query: str) -> None:
+    config = RetrievalConfig(
+        context_frames=5, sink_frames=1, memory_frames=2, recency_guard=0, block_frames=1, query=query
+    )
+    unlimited, limited = memory(config), memory(config, device_frames=5)
+    for start in range(40):
+        for engine in (unlimited, limited):
+            engine.begin_block(start, 1)
+            if query == "draft":
+                engine.retrieve(draw(start % 7, 2, 1)[1])
+        layers, latents = draw(start, 2, 1)
+        for layer, qkv in enumerate(layers):
+            assert torch.equal(unlimited.attend(layer, *qkv), limited.attend(layer, *qkv))
+        unlimited.commit(latents)
+        limited.commit(latents)
+    assert [entry.frames for entry in limited.retrieved] == [entry.frames for entry in unlimited.retrieved]
+    assert limited.bank.capacity == 5
+    with pytest.raises(ValueError, match="device_frames must be at least context_frames = 5, got 4"):
+        memory(config, device_frames=4)
 
 
 def test_each_video_retrieves_for_itself() -> None:

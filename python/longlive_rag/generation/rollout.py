@@ -65,6 +65,7 @@ def stream(
     selection: Selection | None = None,
     given: Tensor | None = None,
     capacity: int = 64,
+    device_frames: int | None = None,
 ) -> Iterator[FinishedBlock]:
     """Generate a video and yield each block as soon as it is finished.
 
@@ -82,6 +83,7 @@ def stream(
         selection: which frames come back; default the most similar ones.
         given: latents [B, n, C, H, W] that stand for the first n frames instead of generating them; whole blocks.
         capacity: latent frames to make room for at once.
+        device_frames: latent frames to keep on the device; older ones wait in host memory (see `RetrievalMemory`).
 
     Yields:
         The finished blocks in order.
@@ -115,6 +117,7 @@ def stream(
                     embedding=embedding or AveragePool(),
                     capacity=capacity,
                     selection=selection,
+                    device_frames=device_frames,
                 )
             while schedule and schedule[0][0] <= start:
                 prompt = model.prepare_prompt(_matching_prompt(schedule.pop(0)[1], batch, device))
@@ -151,6 +154,7 @@ def rollout(
     seed: int = 0,
     selection: Selection | None = None,
     given: Tensor | None = None,
+    device_frames: int | None = None,
 ) -> RolloutResult:
     """Generate a whole video; see `stream` for the arguments.
 
@@ -183,6 +187,7 @@ def rollout(
             selection=selection,
             given=given,
             capacity=frames,
+            device_frames=device_frames,
         ):
             blocks.append(block)
     except KeyboardInterrupt:
