@@ -30,16 +30,18 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
-wheel: $(VENV)/torch
+wheel: $(BIN)/python
 	$(PIP) wheel --no-deps --wheel-dir dist .
 
 clean:
 	rm -rf $(VENV) build dist demo_output
 
-# torch comes first and by exact version: the newest one would otherwise be taken, with gigabytes of CUDA libraries.
-$(VENV)/torch:
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v[:2] >= (3, 10) else f"Python 3.10 or newer is needed, but $(PYTHON) is {v[0]}.{v[1]}; give another: make PYTHON=python3.11")'
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else f"Python 3.10 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}; give another: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and by exact version: the newest one would otherwise be taken, with gigabytes of CUDA libraries.
+$(VENV)/torch: | $(BIN)/python
 	$(PIP) install "$(TORCH)"
 	@touch $@
 
