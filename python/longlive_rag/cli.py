@@ -24,6 +24,8 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "info": Command("longlive_rag.commands.info", "Info", "versions, and whether a GPU can be used"),
+    "corpus": Command("longlive_rag.commands.corpus", "Corpus", "latents to train the retrieval autoencoder on"),
+    "train": Command("longlive_rag.commands.train", "Train", "train the retrieval autoencoder"),
     "evaluate": Command("longlive_rag.commands.evaluate", "Evaluate", "drift of each of several videos"),
 }
 

@@ -1,0 +1,1 @@
+"""From a frozen generator to a retrieval encoder: latent corpus, losses, trainer."""

@@ -1,0 +1,98 @@
+"""Everything that a training's result depends on besides its data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from longlive_rag.embedding import LatentAutoencoder
+
+Precision = Literal["auto", "float32", "float16", "bfloat16"]
+
+SMALL_FRAME = 32
+"""Latent frames with a side below this get a small autoencoder: the paper's three halvings would leave one cell."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The defaults are the paper's (arXiv 2606.02553).
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    epochs: int = 400
+    """Passes over the videos."""
+    batch: int = 128
+    """Chunks in a step, over all ranks; all of an epoch's if there are fewer."""
+    learning_rate: float = 3e-4
+    """Of AdamW, constant."""
+    weight_decay: float = 1e-4
+    """Of AdamW."""
+    gradient_clip: float = 1.0
+    """Largest gradient norm."""
+    chunk_frames: int = 8
+    """Consecutive latent frames in a chunk (S)."""
+    chunks_per_video: int = 1
+    """Chunks drawn from each video in an epoch."""
+    delta_weight: float = 1.0
+    """Weight of the Window Temporal Delta Loss; 0: without."""
+    delta_window: int = 3
+    """Its largest distance in latent frames (w)."""
+    delta_margin: float = 0.85
+    """Similarity up to which neighbours go free (m)."""
+    smooth_weight: float = 1.0
+    """Weight of the trajectory smoothing; 0: without."""
+    embedding_dim: int | None = None
+    """Width of the embedding; default 1024, the paper's, or 128 for latent frames with a side below 32."""
+    hidden_dims: tuple[int, ...] | None = None
+    """Channels of the encoder's stages, each of which halves the resolution; default 64 128 256, or 32 64 likewise."""
+    validation_fraction: float = 0.1
+    """Share of the videos held out for validation."""
+    precision: Precision = "auto"
+    """Mixed precision; "auto": float16 on a GPU, as in the paper, float32 on a CPU."""
+    seed: int = 0
+    """Of the initial weights, the split and the order of chunks."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "chunk_frames", "chunks_per_video", "delta_window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "gradient_clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("weight_decay", "delta_weight", "smooth_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must be between 0 and 1, got {self.validation_fraction}")
+        if not -1 <= self.delta_margin <= 1:
+            raise ValueError(f"delta_margin must be a cosine, -1 to 1, got {self.delta_margin}")
+        if self.embedding_dim is not None and self.embedding_dim < 1:
+            raise ValueError(f"embedding_dim must be at least 1, got {self.embedding_dim}")
+        if self.hidden_dims is not None and (not self.hidden_dims or min(self.hidden_dims) < 1):
+            raise ValueError(f"hidden_dims must be one or more positive numbers, got {self.hidden_dims}")
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}")
+
+    def autoencoder(self, channels: int, height: int, width: int) -> LatentAutoencoder:
+        """A fresh one for latent frames of this size, the same for the same seed."""
+        small = min(height, width) < SMALL_FRAME
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            return LatentAutoencoder(
+                channels,
+                height,
+                width,
+                embedding_dim=self.embedding_dim or (128 if small else 1024),
+                hidden_dims=self.hidden_dims or ((32, 64) if small else (64, 128, 256)),
+            )
+
+    def autocast_dtype(self, device: torch.device) -> torch.dtype:
+        """float32: no mixed precision."""
+        if self.precision == "auto":
+            return torch.float16 if device.type == "cuda" else torch.float32
+        dtype: torch.dtype = getattr(torch, self.precision)
+        return dtype

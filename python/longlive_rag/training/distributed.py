@@ -1,0 +1,89 @@
+"""Ranks of a torchrun launch; without one, a single rank."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the launch."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+    """Number on this machine: which GPU."""
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        """As torchrun sets RANK, WORLD_SIZE and LOCAL_RANK."""
+        rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        return cls(rank, max(world, 1), local)
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank speaks and writes for all."""
+        return self.rank == 0
+
+    def device(self, device: str | None = None) -> torch.device:
+        """`device`, by default a GPU of this machine if there is one."""
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device cuda was asked for, but there is no usable GPU; expected cpu")
+        return torch.device("cuda", self.local) if device == "cuda" else torch.device(device)
+
+    @contextlib.contextmanager
+    def process_group(self, device: torch.device) -> Iterator[None]:
+        """Join the other ranks while the block runs; nothing for a single rank."""
+        if self.world == 1:
+            yield
+            return
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+    def mean(self, values: list[float], device: torch.device) -> list[float]:
+        """Element-wise mean over the ranks."""
+        if self.world == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        return (total / self.world).tolist()
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether the flag is set on any rank."""
+        if self.world == 1:
+            return flag
+        flags = torch.tensor(flag, dtype=torch.int32, device=device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return bool(flags)
+
+    def on_first(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns on the first rank, or the ValueError or OSError that it raises there, on every rank."""
+        if self.world == 1:
+            return work()
+        box: list[Any] = [None]
+        if self.first:
+            try:
+                box[0] = work()
+            except (ValueError, OSError) as error:
+                box[0] = error
+        dist.broadcast_object_list(box, src=0)
+        if isinstance(box[0], Exception):
+            raise box[0]
+        result: Result = box[0]
+        return result
