@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <tuple>
 
+#include "cuda/attend.h"
 #include "cuda/device.h"
 #include "cuda/insert.h"
 
@@ -39,6 +40,18 @@ void bind_insert(const Rows& k, const Rows& v, const Rows& q, Address k_pages, A
          pointer(stream));
 }
 
+void bind_attend(Address q, Address k_pages, Address v_pages, Address slots, Address positions,
+                 Address query_position, Address rotation, Address out, Address lse,
+                 std::tuple<int, int, int, int> shape, int tokens, int entries, int pairs, int dtype,
+                 float scale, Address stream) {
+  const auto& [batch, length, heads, head_dim] = shape;
+  attend({pointer(q), pointer(k_pages), pointer(v_pages), pointer<const int32_t>(slots),
+          pointer<const int32_t>(positions), pointer<const int32_t>(query_position),
+          pointer<const double>(rotation), pointer(out), pointer<float>(lse), batch, length, heads, head_dim,
+          tokens, entries, pairs, dtype, scale},
+         pointer(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -47,6 +60,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("cuda_version") = LONGLIVE_RAG_CUDA_VERSION;
   module.attr("cuda_architectures") = LONGLIVE_RAG_CUDA_ARCHITECTURES;
   module.def("insert", &bind_insert);
+  module.def("attend", &bind_attend);
 #else
   module.attr("cuda_version") = py::none();
 #endif

@@ -25,6 +25,17 @@ __device__ __forceinline__ __nv_bfloat16 from_float(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// The two 16-bit numbers of one register, the low half first.
+template <class T>
+__device__ __forceinline__ float2 unpack2(uint32_t packed) {
+  static_assert(sizeof(T) == 2, "two numbers in 32 bits");
+  struct {
+    T x, y;
+  } pair;
+  memcpy(&pair, &packed, sizeof pair);
+  return make_float2(to_float(pair.x), to_float(pair.y));
+}
+
 // One 16-byte access.
 template <class T>
 struct alignas(16) Vector {

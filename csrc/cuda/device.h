@@ -1,5 +1,6 @@
 // Facts about the machine.
 #pragma once
+#include <cstddef>
 
 namespace longlive {
 
@@ -8,5 +9,8 @@ int cuda_driver_version();
 
 // Streaming multiprocessors of the current device.
 int multiprocessors();
+
+// Bytes of shared memory on each of them.
+size_t shared_memory_per_multiprocessor();
 
 }  // namespace longlive

@@ -34,7 +34,7 @@ def poisoned(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def assert_close(got: Tensor, expected: Tensor) -> None:
-    """One rounding to the result's dtype on top of float32 arithmetic, whose error goes with the pair that is rotated."""
+    """One rounding to the result's dtype on top of float32 arithmetic, whose error goes with the pair's length."""
     got, kind = got.double().cpu(), torch.finfo(got.dtype)
     pair = expected.unflatten(-1, (-1, 2)).norm(dim=-1).repeat_interleave(2, dim=-1)
     bound = kind.eps / 2 * expected.abs() + kind.smallest_normal * kind.eps + 1e-6 * pair
@@ -132,9 +132,7 @@ def test_a_frame_does_not_depend_on_its_batch(device: torch.device) -> None:
     k = torch.randn(3, 2, 6, 4, 64).to(device, torch.bfloat16)
     weight, rotation = torch.rand(256, device=device), rotation_table(6, 20).to(device)
     slots = torch.arange(6, dtype=torch.int32, device=device).view(3, 2)
-    together, alone = (
-        [poisoned(6, 4, 6, 64, dtype=k.dtype, device=device) for _ in "kv"] for _ in range(2)
-    )
+    together, alone = ([poisoned(6, 4, 6, 64, dtype=k.dtype, device=device) for _ in "kv"] for _ in range(2))
     ops.insert(k, k, weight, rotation, *together, slots)
     for b in range(3):
         for f in range(2):

@@ -1,7 +1,7 @@
 """The extension with its CUDA kernels compiled for the CPU, over the emulator in csrc/emulator.
 
-The kernels' own bodies, launchers and binding run; only the `.cu` compiler and the GPU are replaced. With an edited copy
-of the sources, a test can show that it would catch the fault.
+The kernels' own bodies, launchers and binding run; only the `.cu` compiler and the GPU are replaced. With an edited
+copy of the sources, a test can show that it would catch the fault.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 CACHE = CSRC.parent / "build" / "emulated"
 FLAGS = [
-    *"-std=c++20 -O2 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas".split(),
+    *["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"],
     '-DLONGLIVE_RAG_CUDA_VERSION="emulated"',
     '-DLONGLIVE_RAG_CUDA_ARCHITECTURES="host"',
 ]
@@ -36,6 +36,8 @@ FLAGS = [
 OPERATORS = {
     "insert": ("insert", "_cuda_insert"),
     "insert_with_query": ("insert", "_cuda_insert_with_query"),
+    "attend": ("attend", "_cuda_attend"),
+    "attend_with_lse": ("attend", "_cuda_attend_with_lse"),
 }
 
 Edit = tuple[str, str, str]
@@ -87,7 +89,7 @@ def _edited(edits: tuple[Edit, ...]) -> Path:
     shutil.copytree(CSRC, target, dirs_exist_ok=True)
     for file, old, new in edits:
         text = (target / file).read_text()
-        assert text.count(old) == 1, f"{old!r} occurs {text.count(old)} times in csrc/{file}; the edit needs exactly one"
+        assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in csrc/{file}, expected once"
         (target / file).write_text(text.replace(old, new))
     return target
 

@@ -1,7 +1,7 @@
 """What the CUDA implementations of the operations share: how tensors and the stream are handed to `longlive_rag._C`.
 
-The extension takes addresses. Every tensor whose address is taken must stay referenced until the launch, so callers keep
-it in a variable.
+The extension takes addresses. Every tensor whose address is taken must stay referenced until the launch, so callers
+keep it in a variable.
 """
 
 from __future__ import annotations
@@ -47,7 +47,11 @@ def aligned(tensor: Tensor, dimensions: int) -> Tensor:
         tensor: the rows lie along the dimensions after the first `dimensions`.
     """
     size = tensor.element_size()
-    steps = (stride * size for stride, count in zip(tensor.stride()[:dimensions], tensor.shape) if count > 1)
+    steps = (
+        stride * size
+        for stride, count in zip(tensor.stride()[:dimensions], tensor.shape[:dimensions], strict=True)
+        if count > 1
+    )
     if tensor.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in steps):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longlive_rag.ops import _cuda
 from longlive_rag.ops._library import FLOATING, LIBRARY, check_dtype, check_shape, check_tensors
 from longlive_rag.rotary import rotate_pairs
 
@@ -68,7 +69,7 @@ def attend(
         positions: temporal position of each entry, ignored where unused.
         query_position: temporal position of each query frame.
         rotation: radians per frame of the first P pairs of each head (`rotary.temporal_frequencies`).
-        scale: of the scores; default 1 / sqrt(D).
+        scale: of the scores, positive; default 1 / sqrt(D).
         return_lse: also return the natural log of each row's sum of exponentials.
 
     Returns:
@@ -82,6 +83,8 @@ def attend(
     """
     _check(q, k_pages, v_pages, slots, positions, query_position, rotation)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"attend: scale must be positive and finite, got {scale}")
     arguments = (q, k_pages, v_pages, slots, positions, query_position, rotation, scale)
     operation = torch.ops.longlive_rag.attend_with_lse if return_lse else torch.ops.longlive_rag.attend
     return operation(*arguments)
@@ -202,7 +205,57 @@ def _fake_with_lse(q: Tensor, *context: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
+def _cuda_attend(q: Tensor, *context: object) -> Tensor:
+    if not _has_kernel(q):
+        return _reference(q, *context)
+    out = torch.empty_like(q)
+    _launch(q, *context, out, None)  # type: ignore[arg-type]
+    return out
+
+
+def _cuda_attend_with_lse(q: Tensor, *context: object) -> tuple[Tensor, Tensor]:
+    if not _has_kernel(q):
+        return _reference_with_lse(q, *context)
+    out, lse = _fake_with_lse(q)
+    _launch(q, *context, out, lse)  # type: ignore[arg-type]
+    return out, lse
+
+
+def _has_kernel(q: Tensor) -> bool:
+    """What csrc/cuda/attend.cuh handles; the rest, float32 above all, is left to the reference."""
+    return q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] in (64, 128)
+
+
+def _launch(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    query_position: Tensor,
+    rotation: Tensor,
+    scale: float,
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    tables = [table.contiguous() for table in (slots, positions, query_position, rotation)]
+    _cuda.launch(
+        "attend",
+        q.device,
+        *map(_cuda.address, (q, k_pages, v_pages, *tables, out, lse)),
+        tuple(q.shape),
+        k_pages.shape[2],
+        slots.shape[1],
+        rotation.shape[0],
+        _cuda.DTYPE_CODES[q.dtype],
+        scale,
+    )
+
+
 LIBRARY.impl("attend", _reference, "CompositeExplicitAutograd")
 LIBRARY.impl("attend_with_lse", _reference_with_lse, "CompositeExplicitAutograd")
 torch.library.register_fake("longlive_rag::attend", _fake, lib=LIBRARY)
 torch.library.register_fake("longlive_rag::attend_with_lse", _fake_with_lse, lib=LIBRARY)
+if _cuda.available():
+    LIBRARY.impl("attend", _cuda_attend, "CUDA")
+    LIBRARY.impl("attend_with_lse", _cuda_attend_with_lse, "CUDA")

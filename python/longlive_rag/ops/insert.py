@@ -35,7 +35,7 @@ def insert(
     """Write new frames into the bank, normalised and with their spatial rotation.
 
     k becomes ``rotate(rms_norm(k) * k_weight)``, the norm taken over the whole model dimension H * D, and goes with v
-    to the page ``slots[b, f]``. The temporal rotation is left to `attend`, which is why a page never has to be rewritten.
+    to the page ``slots[b, f]``. The temporal rotation is left to `attend`, so a page never has to be rewritten.
     Arithmetic is float32, rounded once.
 
     Args:

@@ -1,0 +1,35 @@
+// Softmax over scores that arrive in tiles (Milakov and Gimelshein, arXiv 1805.02867).
+#pragma once
+#include "cuda/ptx/math.cuh"
+
+namespace longlive {
+
+// One row's state. Scores are kept unscaled; `scale` is the scores' scale times log2(e), so that an
+// exponential is one multiply-add and one ex2. It must be positive: the maximum is taken before scaling.
+struct OnlineSoftmax {
+  float maximum = -INFINITY;
+  float sum = 0.0f;  // of this thread's columns only, until the end
+
+  // Takes the maximum of a new tile; returns what the accumulated output has to be multiplied with.
+  __device__ __forceinline__ float raise(float tile_maximum, float scale) {
+    const float previous = maximum;
+    maximum = fmaxf(maximum, tile_maximum);
+    const float correction = ptx::exp2_approximate((previous - finite_maximum()) * scale);
+    sum *= correction;
+    return correction;
+  }
+
+  // A row of scores that are all -inf keeps weights of zero instead of NaN.
+  __device__ __forceinline__ float finite_maximum() const { return maximum == -INFINITY ? 0.0f : maximum; }
+
+  __device__ __forceinline__ float weight(float score, float scale) const {
+    return ptx::exp2_approximate(score * scale - finite_maximum() * scale);
+  }
+
+  // Natural logarithm of the sum of exponentials, for the whole row's sum.
+  __device__ __forceinline__ float log_sum_exp(float row_sum, float scale) const {
+    return row_sum > 0.0f ? (maximum * scale + log2f(row_sum)) * 0.6931471805599453f : -INFINITY;
+  }
+};
+
+}  // namespace longlive

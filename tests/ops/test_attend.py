@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from longlive_rag import ops, rotary
+
+HALF = [torch.float16, torch.bfloat16]
+
+
+class Case(NamedTuple):
+    """Arguments of `ops.attend`, in its order."""
+
+    q: Tensor
+    k_pages: Tensor
+    v_pages: Tensor
+    slots: Tensor
+    positions: Tensor
+    query_position: Tensor
+    rotation: Tensor
+
+
+def make_case(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    batch: int = 1,
+    frames: int = 1,
+    tokens: int = 24,
+    heads: int = 1,
+    head_dim: int = 64,
+    entries: int = 2,
+    spare: int = 2,
+    pairs: int | None = None,
+    seed: int = 0,
+) -> Case:
+    """Random pages in random slots; unused table entries hold huge negative and positive integers, unused pages NaN."""
+    torch.manual_seed(seed)
+    pool = batch * entries + spare
+    k_pages, v_pages = (torch.full((pool, heads, tokens, head_dim), torch.nan) for _ in "kv")
+    slots = torch.randperm(pool)[: batch * entries].view(batch, entries)
+    for pages in (k_pages, v_pages):
+        pages[slots.flatten()] = torch.randn(batch * entries, heads, tokens, head_dim)
+    slots = torch.cat([slots, torch.full((batch, spare), -(2**31))], dim=1)
+    positions = torch.cat([torch.randint(0, 30, (batch, entries)), torch.full((batch, spare), 2**31 - 1)], dim=1)
+    order = torch.randperm(slots.shape[1])
+    rotation = rotary.temporal_frequencies(head_dim) if pairs is None else torch.rand(pairs, dtype=torch.float64)
+    return Case(
+        torch.randn(batch, frames * tokens, heads, head_dim).to(device, dtype),
+        k_pages.to(device, dtype),
+        v_pages.to(device, dtype),
+        slots[:, order].int().to(device),
+        positions[:, order].int().to(device),
+        (30 + torch.arange(frames)).expand(batch, -1).int().to(device),
+        rotation.to(device),
+    )
+
+
+def exact(case: Case, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp in float64: for each query frame the gathered keys, turned to where they stand from it."""
+    q, k_pages, v_pages, slots, positions, query_position, rotation = (tensor.cpu() for tensor in case)
+    batch, length, heads, head_dim = q.shape
+    tokens, pairs = k_pages.shape[2], rotation.shape[0]
+    scale = head_dim**-0.5 if scale is None else scale
+    out = torch.zeros(batch, length, heads, head_dim, dtype=torch.float64)
+    lse = torch.full((batch, length, heads), -torch.inf, dtype=torch.float64)
+    for b in range(batch):
+        used = slots[b] >= 0
+        if not used.any():
+            continue
+        pages = slots[b][used].long()
+        keys, values = (pool[pages].double().transpose(0, 1).flatten(1, 2) for pool in (k_pages, v_pages))
+        for f, position in enumerate(query_position[b].tolist()):
+            # Turning the key by its position less the query's is turning the query by the opposite.
+            angle = (positions[b][used].double() - position)[:, None] * rotation
+            turn = torch.polar(torch.ones_like(angle), angle).repeat_interleave(tokens, dim=0)
+            complex_keys = torch.view_as_complex(keys.unflatten(-1, (-1, 2)).clone())
+            complex_keys[..., :pairs] *= turn
+            turned = torch.view_as_real(complex_keys).flatten(-2)
+            rows = slice(f * tokens, (f + 1) * tokens)
+            scores = torch.einsum("qhd,hkd->hqk", q[b, rows].double(), turned) * scale
+            out[b, rows] = torch.einsum("hqk,hkd->qhd", scores.softmax(dim=-1), values)
+            lse[b, rows] = scores.logsumexp(dim=-1).T
+    return out, lse
+
+
+def naive(case: Case) -> Tensor:
+    """What a PyTorch program does at the same precision: gather, rotate keys, concatenate, SDPA."""
+    q, k_pages, v_pages, slots, positions, query_position, rotation = (tensor.cpu() for tensor in case)
+    out = torch.empty_like(q)
+    tokens = k_pages.shape[2]
+
+    def turned(x: Tensor, position: Tensor) -> Tensor:  # [n, H, T, D] by [n]
+        angle = position.double()[:, None] * rotation
+        turn = torch.stack([angle.cos(), angle.sin()], dim=-1)[:, None, None]
+        split = [2 * rotation.shape[0], x.shape[-1] - 2 * rotation.shape[0]]
+        first, rest = x.split(split, dim=-1)
+        return torch.cat([rotary.rotate_pairs(first.float(), turn).to(x.dtype), rest], dim=-1)
+
+    for b in range(q.shape[0]):
+        used = slots[b] >= 0
+        pages = slots[b][used].long()
+        keys = turned(k_pages[pages], positions[b][used]).transpose(0, 1).flatten(1, 2)
+        values = v_pages[pages].transpose(0, 1).flatten(1, 2)
+        queries = turned(q[b].unflatten(0, (-1, tokens)).transpose(1, 2), query_position[b])
+        queries = queries.transpose(0, 1).flatten(1, 2)
+        out[b] = torch.nn.functional.scaled_dot_product_attention(queries, keys, values).transpose(0, 1)
+    return out
+
+
+def check(case: Case) -> None:
+    got, (expected, _) = ops.attend(*case), exact(case)
+    assert got.shape == case.q.shape and got.dtype == case.q.dtype and got.is_contiguous()
+    error, peer = ((x.double().cpu() - expected).norm() / expected.norm() for x in (got, naive(case)))
+    assert error <= 2 * peer, f"relative error {error:.2e}, PyTorch at the same precision {peer:.2e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_matches_float64(device: torch.device, dtype: torch.dtype) -> None:
+    check(make_case(device, dtype, batch=2, frames=3, tokens=24, heads=2, head_dim=64, entries=3))
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 63, 64, 65, 130])
+def test_frames_of_any_length(device: torch.device, tokens: int) -> None:
+    check(make_case(device, torch.bfloat16, frames=2, tokens=tokens, head_dim=128, entries=2))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("tokens", [880, 1024, 1560, 3600])
+@pytest.mark.parametrize("dtype", HALF)
+def test_video_sizes(device: torch.device, tokens: int, dtype: torch.dtype) -> None:
+    check(make_case(device, dtype, batch=2, frames=3, tokens=tokens, heads=3, head_dim=128, entries=12))
+
+
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    batch=st.integers(1, 2),
+    frames=st.integers(1, 3),
+    tokens=st.integers(1, 70),
+    heads=st.integers(1, 2),
+    head_dim=st.sampled_from([64, 128]),
+    entries=st.integers(1, 3),
+    pairs=st.integers(0, 32),
+    dtype=st.sampled_from(HALF),
+    seed=st.integers(0, 2**31),
+)
+def test_any_shape(
+    device: torch.device,
+    batch: int,
+    frames: int,
+    tokens: int,
+    heads: int,
+    head_dim: int,
+    entries: int,
+    pairs: int,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    check(
+        make_case(
+            device,
+            dtype,
+            batch=batch,
+            frames=frames,
+            tokens=tokens,
+            heads=heads,
+            head_dim=head_dim,
+            entries=entries,
+            pairs=pairs,
+            seed=seed,
+        )
+    )
+
+
+def test_log_sum_exp(device: torch.device) -> None:
+    case = make_case(device, torch.bfloat16, batch=2, frames=2, tokens=33, heads=2)
+    out, lse = ops.attend(*case, return_lse=True)
+    assert lse.dtype == torch.float32 and torch.equal(out, ops.attend(*case))
+    torch.testing.assert_close(lse.double().cpu(), exact(case)[1], rtol=0, atol=4e-3)
+
+
+def test_scale(device: torch.device) -> None:
+    case = make_case(device, torch.float16)
+    got = ops.attend(*case, scale=0.7)
+    torch.testing.assert_close(got.double().cpu(), exact(case, 0.7)[0], rtol=0, atol=4e-3)
+
+
+def test_slots_may_be_anywhere(device: torch.device) -> None:
+    """The same pages elsewhere in the pool, and more unused entries: the same bits."""
+    case = make_case(device, torch.bfloat16, batch=2, tokens=40, entries=3)
+    pool = case.k_pages.shape[0]
+    where = torch.randperm(pool, device=device)
+    k_pages, v_pages = torch.empty_like(case.k_pages), torch.empty_like(case.v_pages)
+    k_pages[where], v_pages[where] = case.k_pages, case.v_pages
+    slots = torch.where(case.slots >= 0, where[case.slots.clamp(min=0).long()].int(), -7)
+    slots = torch.nn.functional.pad(slots, (1, 2), value=-1)
+    positions = torch.nn.functional.pad(case.positions, (1, 2), value=2**31 - 1)
+    moved = case._replace(k_pages=k_pages, v_pages=v_pages, slots=slots, positions=positions)
+    assert torch.equal(ops.attend(*moved), ops.attend(*case))
+
+
+def test_repeats_bit_for_bit(device: torch.device) -> None:
+    case = make_case(device, torch.bfloat16, frames=2, tokens=40, entries=3)
+    assert torch.equal(ops.attend(*case), ops.attend(*case))
+
+
+def test_a_sample_does_not_depend_on_its_batch(device: torch.device) -> None:
+    case = make_case(device, torch.float16, batch=3, tokens=20, heads=2)
+    together = ops.attend(*case)
+    for b in range(3):
+        pools = (case.k_pages, case.v_pages)
+        one = Case(case.q[b : b + 1], *pools, *(table[b : b + 1] for table in case[3:6]), case.rotation)
+        assert torch.equal(ops.attend(*one), together[b : b + 1])
+
+
+def test_without_pages(device: torch.device) -> None:
+    case = make_case(device, torch.bfloat16, batch=2)
+    case.slots[0] = -1
+    out, lse = ops.attend(*case, return_lse=True)
+    assert (out[0] == 0).all() and (lse[0] == -torch.inf).all()
+    assert torch.equal(out[1:], ops.attend(*case)[1:]) and out[1].isfinite().all() and lse[1].isfinite().all()
+    empty = case._replace(slots=case.slots[:, :0], positions=case.positions[:, :0])
+    assert (ops.attend(*empty) == 0).all()
+
+
+def test_large_scores(device: torch.device) -> None:
+    """Scores in the thousands, where a softmax that did not take the maximum off would overflow."""
+    case = make_case(device, torch.bfloat16, tokens=70, entries=2)
+    case = case._replace(q=case.q * 300)
+    got, (expected, _) = ops.attend(*case), exact(case)
+    assert (got.double().cpu() - expected).norm() <= 0.02 * expected.norm()
+
+
+def test_positions_an_hour_in(device: torch.device) -> None:
+    """Only the difference of positions counts, also where float32 angles would have lost a milliradian."""
+    case = make_case(device, torch.float16, tokens=20, entries=2, pairs=8)
+    later = case._replace(positions=case.positions + 14400, query_position=case.query_position + 14400)
+    assert torch.equal(ops.attend(*later), ops.attend(*case))
+    far = case._replace(query_position=case.query_position + 14400)
+    check(far)
+
+
+def test_pages_beyond_32_bit_offsets(device: torch.device) -> None:
+    heads, tokens, head_dim = 2, 64, 128
+    pool = 2**31 // (heads * tokens * head_dim) + 2
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 10 * 2**30:
+        pytest.skip("needs 10 GB of free GPU memory")
+    k_pages, v_pages = (torch.empty(pool, heads, tokens, head_dim, dtype=torch.bfloat16, device=device) for _ in "kv")
+    k_pages[-1], v_pages[-1] = 0, torch.arange(heads, device=device)[:, None, None]
+    ints = {"dtype": torch.int32, "device": device}
+    out = ops.attend(
+        torch.zeros(1, tokens, heads, head_dim, dtype=torch.bfloat16, device=device),
+        k_pages,
+        v_pages,
+        torch.full((1, 1), pool - 1, **ints),
+        torch.zeros(1, 1, **ints),
+        torch.zeros(1, 1, **ints),
+        torch.zeros(0, dtype=torch.float64, device=device),
+    )
+    assert torch.equal(out[0, :, :, 0].cpu(), torch.arange(heads).bfloat16().expand(tokens, -1))
