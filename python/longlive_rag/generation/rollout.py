@@ -101,6 +101,7 @@ def stream(
     try:
         for block_noise in noise:
             _check_latents("noise", block_noise, model)
+            block_noise = block_noise.contiguous()  # other strides would make a compiled model compile again
             batch, frames, _, height, width = block_noise.shape
             if memory is None:
                 _check_given(given, block_noise, config)
@@ -125,7 +126,7 @@ def stream(
 
             memory.begin_block(start, frames)
             if given is not None and start < given.shape[1]:
-                clean = given[:, start : start + frames].to(block_noise)
+                clean = given[:, start : start + frames].to(block_noise).contiguous()
             else:
                 for step, clean in enumerate(denoise(predict, block_noise, timesteps, fresh_noise)):
                     if step == 0 and config.query == "draft":
