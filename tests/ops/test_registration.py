@@ -1,0 +1,117 @@
+"""The operations as PyTorch sees them, and what they say to wrong input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from longlive_rag import ops, rotary
+
+B, F, T, H, D, S, N = 2, 3, 6, 2, 16, 9, 4
+
+
+def insert_arguments(device: str = "cpu") -> dict[str, Any]:
+    return {
+        "k": torch.randn(B, F, T, H, D, device=device),
+        "v": torch.randn(B, F, T, H, D, device=device),
+        "k_weight": torch.randn(H * D, device=device),
+        "rotation": rotary.spatial_rotation(2, 3, D, device),
+        "k_pages": torch.zeros(S, H, T, D, device=device),
+        "v_pages": torch.zeros(S, H, T, D, device=device),
+        "slots": torch.tensor([[0, 3, -1], [7, 2, 5]], dtype=torch.int32, device=device),
+        "eps": 1e-6,
+        "q": torch.randn(B, F, T, H, D, device=device),
+        "q_weight": torch.randn(H * D, device=device),
+    }
+
+
+def retrieve_arguments(device: str = "cpu") -> dict[str, Any]:
+    keys = torch.randn(B, 20, 8, device=device)
+    return {
+        "query": torch.randn(B, 8, device=device),
+        "keys": keys,
+        "inverse_norms": 1 / keys.norm(dim=-1),
+        "first": torch.tensor([1, 2], dtype=torch.int32, device=device),
+        "last": torch.tensor([15, 20], dtype=torch.int32, device=device),
+        "k": 4,
+    }
+
+
+def attend_arguments(device: str = "cpu") -> dict[str, Any]:
+    return {
+        "q": torch.randn(B, F * T, H, D, device=device),
+        "k_pages": torch.randn(S, H, T, D, device=device),
+        "v_pages": torch.randn(S, H, T, D, device=device),
+        "slots": torch.tensor([[0, 3, -1, 8], [7, 2, 5, 1]], dtype=torch.int32, device=device),
+        "positions": torch.randint(0, 12, (B, N), dtype=torch.int32, device=device),
+        "query_position": torch.tensor([[9, 10, 11]] * B, dtype=torch.int32, device=device),
+        "rotation": rotary.temporal_frequencies(D, device),
+        "scale": 0.25,
+    }
+
+
+ARGUMENTS = {"insert": insert_arguments, "retrieve": retrieve_arguments, "attend": attend_arguments}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("name", ["insert", "insert_with_query", "retrieve", "attend", "attend_with_lse"])
+def test_opcheck(name: str, device: str) -> None:
+    arguments = ARGUMENTS[name.partition("_with")[0]](device)
+    if name.startswith("insert"):
+        query = [arguments.pop("q"), arguments.pop("q_weight")]
+        positional = [*query, *arguments.values()] if name == "insert_with_query" else list(arguments.values())
+    else:
+        positional = list(arguments.values())
+    torch.library.opcheck(getattr(torch.ops.longlive_rag, name).default, tuple(positional))
+
+
+@pytest.mark.parametrize("name", list(ARGUMENTS))
+def test_compiles_whole(name: str) -> None:
+    operation, arguments = getattr(ops, name), ARGUMENTS[name]()
+
+    def run(**given: Any) -> Any:
+        return operation(**given), given.get("k_pages")
+
+    eager = run(**{key: value.clone() if isinstance(value, Tensor) else value for key, value in arguments.items()})
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)(**arguments)
+    torch.testing.assert_close(compiled, eager)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        ("insert", {"k": torch.randn(B, F, T, H)}, ValueError, r"k must be \[B, F, T, H, D\] = .*, got \[2, 3, 6, 2\]"),
+        ("insert", {"v": torch.randn(B, F, T, H, 8)}, ValueError, r"insert: v must be .*got \[2, 3, 6, 2, 8\]"),
+        ("insert", {"v": torch.randn(B, F, T, H, D).half()}, TypeError, "insert: v must be float32, got float16"),
+        ("insert", {"k": torch.zeros(B, F, T, H, D).long()}, TypeError, "insert: k must be float32 or .*, got int64"),
+        ("insert", {"k": torch.randn(B, F, T, D, H).mT}, ValueError, "insert: k must be contiguous over its last two"),
+        ("insert", {"k_weight": torch.ones(D)}, ValueError, r"k_weight must be \[H \* D\] = \[32\], got \[16\]"),
+        ("insert", {"rotation": torch.zeros(T, 9, 2)}, ValueError, "rotation turns 9 pairs, but a head of 16 has 8"),
+        ("insert", {"k_pages": torch.zeros(S, T, H, D)}, ValueError, r"insert: k_pages must be \[S, H, T, D\]"),
+        ("insert", {"v_pages": torch.zeros(S, H, T, 2 * D)[..., ::2]}, ValueError, "v_pages must be contiguous"),
+        ("insert", {"slots": torch.zeros(B, F)}, TypeError, "insert: slots must be int32, got float32"),
+        ("insert", {"k": [1.0]}, TypeError, "insert: k must be a tensor, got list"),
+        ("insert", {"k_weight": torch.ones(H * D, requires_grad=True)}, ValueError, "insert: k_weight requires grad"),
+        ("insert", {"slots": torch.zeros(B, F, device="meta")}, ValueError, "slots is on meta, but k is on cpu"),
+        ("retrieve", {"k": 0}, ValueError, "retrieve: k must be 1 to 64, got 0"),
+        ("retrieve", {"k": 65}, ValueError, "retrieve: k must be 1 to 64, got 65"),
+        ("retrieve", {"keys": torch.randn(B, 20, 9)}, ValueError, r"retrieve: keys must be \[B, N, D\]"),
+        ("retrieve", {"query": torch.randn(B, 8).double()}, TypeError, "retrieve: keys must be float64, got float32"),
+        ("retrieve", {"first": torch.zeros(3, dtype=torch.int32)}, ValueError, r"first must be an int or have shape"),
+        ("retrieve", {"last": torch.zeros(B)}, TypeError, "retrieve: last must be int32, got float32"),
+        ("attend", {"q": torch.randn(B, 13, H, D)}, ValueError, "q must hold whole frames of 6 tokens .*, got 13"),
+        ("attend", {"q": torch.randn(B, H, F * T, D).mT.mT.transpose(1, 2)}, ValueError, "q must be contiguous"),
+        ("attend", {"k_pages": torch.randn(S, H, T, D).bfloat16()}, TypeError, "k_pages must be float32, got bfloat16"),
+        ("attend", {"v_pages": torch.randn(S, H, T + 1, D)}, ValueError, r"attend: v_pages must be \[S, H, T, D\]"),
+        ("attend", {"positions": torch.zeros(B, 3, dtype=torch.int32)}, ValueError, r"positions must be \[B, N\]"),
+        ("attend", {"query_position": torch.zeros(B, 1, dtype=torch.int32)}, ValueError, r"query_position must be"),
+        ("attend", {"slots": torch.zeros(B, N).long()}, TypeError, "attend: slots must be int32, got int64"),
+        ("attend", {"rotation": torch.zeros(9).double()}, ValueError, "rotation turns 9 pairs, but a head of 16 has 8"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_named(name: str, change: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        getattr(ops, name)(**{**ARGUMENTS[name](), **change})
