@@ -1,0 +1,120 @@
+"""Where the public weights are had, and what of them a folder holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Source:
+    """A published file.
+
+    Attributes:
+        repository: on huggingface.co.
+        file: path in it.
+        size: in words; computed from the number of parameters where it says "about".
+    """
+
+    repository: str
+    file: str
+    size: str
+
+    def __str__(self) -> str:
+        return f"{self.file} ({self.size}) from https://huggingface.co/{self.repository}"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A family of published checkpoints that `CausalWanModel` runs.
+
+    Attributes:
+        checkpoint: the published file; None if there is no one such file.
+        weight_keys: entries of the file that may hold the weights, the one that its authors evaluate first.
+        lora: the adapter that belongs to it, if any.
+    """
+
+    checkpoint: Source | None
+    weight_keys: tuple[str, ...]
+    lora: Source | None = None
+
+
+BACKBONES = {
+    "self-forcing": Backbone(
+        Source("gdhe17/Self-Forcing", "checkpoints/self_forcing_dmd.pt", "about 5.7 GB"),
+        ("generator_ema", "generator", "model"),
+    ),
+    "causal-forcing": Backbone(
+        Source("zhuhz22/Causal-Forcing", "chunkwise/causal_forcing.pt", "about 5.7 GB"),
+        ("generator", "generator_ema", "model"),
+    ),
+    "longlive": Backbone(
+        Source("Efficient-Large-Model/LongLive-1.3B", "models/longlive_base.pt", "about 5.7 GB"),
+        ("generator", "generator_ema", "model"),
+        Source("Efficient-Large-Model/LongLive-1.3B", "models/lora.pt", "about 1.4 GB"),
+    ),
+    "wan": Backbone(None, ("generator_ema", "generator", "model", "state_dict")),
+}
+
+_REPOSITORY = "Wan-AI/Wan2.1-T2V-1.3B"
+_TEXT_ENCODER = Source(_REPOSITORY, "models_t5_umt5-xxl-enc-bf16.pth", "11.4 GB")
+_TOKENIZER = Source(_REPOSITORY, "google/umt5-xxl", "21 MB")
+_VAE = Source(_REPOSITORY, "Wan2.1_VAE.pth", "0.5 GB")
+_DIFFUSERS_REPOSITORY = f"{_REPOSITORY}-Diffusers"
+_DIFFUSERS_TEXT_ENCODER = Source(_DIFFUSERS_REPOSITORY, "text_encoder", "22.7 GB")
+_DIFFUSERS_TOKENIZER = Source(_DIFFUSERS_REPOSITORY, "tokenizer", "21 MB")
+_DIFFUSERS_VAE = Source(_DIFFUSERS_REPOSITORY, "vae", "0.5 GB")
+
+
+@dataclass(frozen=True)
+class WanFiles:
+    """The parts beside the transformer.
+
+    Attributes:
+        text_encoder, vae: a file of Wan's own layout, or a folder of diffusers'.
+        tokenizer: a folder.
+    """
+
+    text_encoder: Path
+    tokenizer: Path
+    vae: Path
+
+
+def find_wan_files(folder: Path) -> WanFiles:
+    """Find text encoder, tokenizer and VAE in a folder of Wan's own or of diffusers' layout; nothing is read.
+
+    Raises:
+        FileNotFoundError: one is missing; the message says which, where it is had, and its size.
+    """
+    diffusers = any((folder / part).exists() for part in ("model_index.json", "text_encoder", "vae"))
+    if diffusers:
+        sources = (_DIFFUSERS_TEXT_ENCODER, _DIFFUSERS_TOKENIZER, _DIFFUSERS_VAE)
+    else:
+        sources = (_TEXT_ENCODER, _TOKENIZER, _VAE)
+    missing = [source for source in sources if not (folder / source.file).exists()]
+    if missing:
+        lacks = f"the Wan folder {folder} lacks" if folder.is_dir() else f"the Wan folder {folder} does not exist; get"
+        raise FileNotFoundError(f"{lacks} {', '.join(map(str, missing))}: {_download(missing, folder)}")
+    return WanFiles(*(folder / source.file for source in sources))
+
+
+def find_checkpoint(backbone: str, checkpoint: Path | None) -> Path:
+    """The transformer's checkpoint, if it is there.
+
+    Raises:
+        FileNotFoundError: it is not; the message says where the backbone's published one is had, and its size.
+        ValueError: none was named.
+    """
+    published = BACKBONES[backbone].checkpoint
+    where = f"; {backbone} needs {published}: {_download([published], Path('.'))}" if published else ""
+    if checkpoint is None:
+        raise ValueError(f"checkpoint must name the transformer's weights, got none{where}")
+    if not checkpoint.exists():
+        raise FileNotFoundError(f"checkpoint {checkpoint} does not exist{where}")
+    return checkpoint
+
+
+def _download(sources: list[Source], folder: Path) -> str:
+    # A part that is a folder in the repository is asked for by a pattern.
+    patterns = " ".join(f"'{s.file}*'" for s in sources)
+    return f"hf download {sources[0].repository} --include {patterns} --local-dir {folder}"

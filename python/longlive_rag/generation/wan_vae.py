@@ -1,0 +1,129 @@
+"""Latents to pictures, block by block: the decoder of Wan's causal VAE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longlive_rag.generation.wan_files import WanFiles
+from longlive_rag.models.checkpoints import load_strict
+from longlive_rag.models.tensor_files import read_tensors
+
+
+class StreamingDecoder:
+    """Decodes a video as it is made, with what its causal convolutions need of the past and nothing more.
+
+    The frames are those that decoding the whole video at once gives. The first latent frame becomes one picture, every
+    later one four.
+
+    Args:
+        vae: diffusers' `AutoencoderKLWan`.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae
+        parameter = next(vae.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        shape = (1, -1, 1, 1, 1)
+        self._mean = torch.tensor(vae.config.latents_mean, device=self.device, dtype=self.dtype).view(shape)
+        self._std = torch.tensor(vae.config.latents_std, device=self.device, dtype=self.dtype).view(shape)
+        self.reset()
+
+    @classmethod
+    def from_files(cls, files: WanFiles, *, device: torch.device | str, dtype: torch.dtype) -> StreamingDecoder:
+        """Load the VAE of a Wan folder, in Wan's own layout or diffusers'.
+
+        Raises:
+            ValueError: the files do not hold a Wan VAE; the message names what is missing or superfluous.
+        """
+        return cls(load_vae(files, device=device, dtype=dtype))
+
+    @property
+    def channels(self) -> int:
+        """Latent channels."""
+        channels: int = self.vae.config.z_dim
+        return channels
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent column or row."""
+        factor: int = self.vae.config.scale_factor_spatial
+        return factor
+
+    @property
+    def temporal_factor(self) -> int:
+        """Pictures per latent frame after the first."""
+        factor: int = self.vae.config.scale_factor_temporal
+        return factor
+
+    def reset(self) -> None:
+        """Begin a new video."""
+        self.vae.clear_cache()
+        # The list itself: another use of the VAE makes a new one and leaves ours alone.
+        self._cache: list[Any] = self.vae._feat_map
+        self._first = True
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode the next frames of the video.
+
+        Args:
+            latents: [F, C, H, W], normalised, as the transformer makes them.
+
+        Returns:
+            uint8 [N, H', W', 3] on the CPU, N = 4F, or 4F - 3 where the video begins.
+        """
+        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+        if latents.ndim != 4 or latents.shape[1] != self.channels:
+            raise ValueError(f"latents must be [F, {self.channels}, H, W], got {list(latents.shape)}")
+        z = latents.to(self.device, self.dtype).transpose(0, 1)[None] * self._std + self._mean
+        pictures = []
+        for frame in z.split(1, dim=2):
+            pixels = self.vae.decoder(
+                self.vae.post_quant_conv(frame), feat_cache=self._cache, feat_idx=[0], first_chunk=self._first
+            )
+            self._first = False
+            if self.vae.config.patch_size is not None:
+                pixels = unpatchify(pixels, patch_size=self.vae.config.patch_size)
+            pictures.append(pixels[0].permute(1, 2, 3, 0).float().clamp(-1, 1).add(1).mul(127.5).round().byte().cpu())
+        return torch.cat(pictures)
+
+    def offload(self) -> None:
+        """Move weights and cache to the CPU until `restore`, to leave the GPU to the transformer."""
+        self._move("cpu")
+
+    def restore(self) -> None:
+        """Move weights and cache back."""
+        self._move(self.device)
+
+    def _move(self, device: torch.device | str) -> None:
+        self.vae.to(device)
+        for index, entry in enumerate(self._cache):
+            # An entry may also be a mark ("Rep") of a convolution that has not seen a second frame yet.
+            if isinstance(entry, Tensor):
+                self._cache[index] = entry.to(device)
+
+
+def load_vae(files: WanFiles, *, device: torch.device | str, dtype: torch.dtype) -> Any:
+    """diffusers' `AutoencoderKLWan` from a Wan folder; see `StreamingDecoder.from_files`."""
+    from diffusers import AutoencoderKLWan
+
+    path = files.vae
+    state = dict(read_tensors(path))
+    if path.is_dir():
+        config = AutoencoderKLWan.load_config(path, local_files_only=True)
+    else:
+        from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+        for name in ("encoder.conv1.weight", "conv2.weight"):
+            if name not in state:
+                raise ValueError(f"{path} holds no Wan VAE: it lacks {name}")
+        config = {"base_dim": state["encoder.conv1.weight"].shape[0], "z_dim": state["conv2.weight"].shape[0]}
+        state = convert_wan_vae_to_diffusers(state)
+    with torch.device("meta"):
+        vae = AutoencoderKLWan.from_config(config)
+    load_strict(vae, {name: tensor.to(device, dtype) for name, tensor in state.items()}, path)
+    return vae.eval().requires_grad_(False)
