@@ -102,6 +102,9 @@ def test_a_draft_query_retrieves_for_the_block_at_hand(model: CausalWanModel) ->
         ({"prompt_embeds": torch.randn(1, 5, 8)}, ValueError, r"prompt_embeds must be \[B, at most 4, 8\]"),
         ({"prompt_embeds": PROMPT / 0}, ValueError, "prompt_embeds must be finite"),
         ({"prompt_embeds": [(2, PROMPT)]}, ValueError, "must begin with a prompt for latent frame 0, got 2"),
+        ({"prompt_embeds": None}, TypeError, "prompt_embeds must be a tensor or a list of .*, got NoneType"),
+        ({"config": {}}, TypeError, "config must be a RetrievalConfig, got dict"),
+        ({"embedding": torch.mean}, TypeError, "embedding must have a method embed"),
         ({"denoising_steps": [250, 500]}, ValueError, "denoising_steps must descend strictly"),
         ({"denoising_steps": []}, ValueError, "denoising_steps must descend strictly"),
         ({"timestep_shift": 0}, ValueError, "timestep_shift must be positive, got 0"),
@@ -126,5 +129,5 @@ def test_the_sampler_finds_a_known_clean_latent() -> None:
     def true_flow(latents: Tensor, timestep: Tensor) -> Tensor:
         return (latents - clean) / (timestep / 1000)[..., None, None, None]
 
-    for prediction in denoise(true_flow, noise(2), timesteps, torch.randn):
+    for prediction in denoise(true_flow, noise(2), timesteps, lambda b, f, s: torch.randn(b, f, *s)):
         torch.testing.assert_close(prediction, clean, rtol=1e-5, atol=1e-5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -49,7 +49,6 @@ class RolloutResult:
     """True if KeyboardInterrupt ended it early."""
 
 
-@torch.no_grad()
 def stream(
     model: CausalWanModel,
     noise: Iterable[Tensor],
@@ -94,39 +93,62 @@ def stream(
     timesteps = warp_steps(denoising_steps, timestep_shift)
     if not 0 <= context_noise <= STEPS:
         raise ValueError(f"context_noise must be a timestep from 0 to {STEPS}, got {context_noise}")
-    schedule = _schedule(prompt_embeds)
+    _check_policy(config, embedding)
     device = model.patch_embedding.weight.device
+
+    def open_memory(block_noise: Tensor) -> RetrievalMemory:
+        return RetrievalMemory(
+            config,
+            batch=block_noise.shape[0],
+            layers=model.num_layers,
+            heads=model.num_heads,
+            head_dim=model.head_dim,
+            grid=model.token_grid(*block_noise.shape[3:]),
+            device=device,
+            dtype=model.patch_embedding.weight.dtype,
+            embedding=embedding or AveragePool(),
+            capacity=capacity,
+            selection=selection,
+            device_frames=device_frames,
+        )
+
+    fresh_noise = _FreshNoise(renoise, seed, device)
+    return _blocks(
+        model, noise, _schedule(prompt_embeds), config, open_memory, timesteps, context_noise, fresh_noise, given
+    )
+
+
+@torch.no_grad()
+def _blocks(
+    model: CausalWanModel,
+    noise: Iterable[Tensor],
+    schedule: list[tuple[int, Tensor]],
+    config: RetrievalConfig,
+    open_memory: Callable[[Tensor], RetrievalMemory],
+    timesteps: list[float],
+    context_noise: float,
+    fresh_noise: _FreshNoise,
+    given: Tensor | None,
+) -> Iterator[FinishedBlock]:
     memory: RetrievalMemory | None = None
     start = 0
     try:
         for block_noise in noise:
             _check_latents("noise", block_noise, model)
             block_noise = block_noise.contiguous()  # other strides would make a compiled model compile again
-            batch, frames, _, height, width = block_noise.shape
+            batch, frames = block_noise.shape[:2]
             if memory is None:
                 _check_given(given, block_noise, config)
-                fresh_noise = _FreshNoise(renoise, seed, batch, device)
-                memory = RetrievalMemory(
-                    config,
-                    batch=batch,
-                    layers=model.num_layers,
-                    heads=model.num_heads,
-                    head_dim=model.head_dim,
-                    grid=model.token_grid(height, width),
-                    device=device,
-                    dtype=model.patch_embedding.weight.dtype,
-                    embedding=embedding or AveragePool(),
-                    capacity=capacity,
-                    selection=selection,
-                    device_frames=device_frames,
-                )
+                memory = open_memory(block_noise)
             while schedule and schedule[0][0] <= start:
-                prompt = model.prepare_prompt(_matching_prompt(schedule.pop(0)[1], batch, device))
+                prompt = model.prepare_prompt(_matching_prompt(schedule.pop(0)[1], batch, block_noise.device))
             predict = partial(model, prompt=prompt, attention=memory)
 
             memory.begin_block(start, frames)
             if given is not None and start < given.shape[1]:
                 clean = given[:, start : start + frames].to(block_noise).contiguous()
+                if config.query == "draft":
+                    memory.retrieve(clean)
             else:
                 for step, clean in enumerate(denoise(predict, block_noise, timesteps, fresh_noise)):
                     if step == 0 and config.query == "draft":
@@ -165,6 +187,7 @@ def rollout(
     Returns:
         The video. After KeyboardInterrupt, what was finished by then, with ``interrupted`` set.
     """
+    _check_policy(config, embedding)
     if not isinstance(noise, Tensor):
         raise TypeError(f"noise must be a tensor, got {type(noise).__name__}")
     _check_latents("noise", noise, model)
@@ -206,16 +229,26 @@ def rollout(
 class _FreshNoise:
     """The sampler's fresh noise: the caller's, or that of one seeded generator for each video."""
 
-    def __init__(self, renoise: Renoise | None, seed: int, batch: int, device: torch.device) -> None:
-        self.renoise, self.drawn = renoise, 0
-        self.generators = [torch.Generator(device).manual_seed(seed + video) for video in range(batch)]
+    def __init__(self, renoise: Renoise | None, seed: int, device: torch.device) -> None:
+        self.renoise, self.seed, self.device = renoise, seed, device
+        self.drawn = 0
+        self.generators: list[torch.Generator] = []
 
-    def __call__(self, shape: tuple[int, ...]) -> Tensor:
+    def __call__(self, batch: int, frames: int, frame_shape: torch.Size) -> Tensor:
+        """Noise [B, F, C, H, W]."""
         self.drawn += 1
         if self.renoise is not None:
-            return self.renoise(self.drawn - 1, shape)
-        each = (shape[0] // len(self.generators), *shape[1:])
-        return torch.cat([torch.randn(each, generator=g, device=g.device) for g in self.generators])
+            return self.renoise(self.drawn - 1, (batch * frames, *frame_shape)).view(batch, frames, *frame_shape)
+        while len(self.generators) < batch:
+            self.generators.append(torch.Generator(self.device).manual_seed(self.seed + len(self.generators)))
+        return torch.stack([torch.randn(frames, *frame_shape, generator=g, device=g.device) for g in self.generators])
+
+
+def _check_policy(config: RetrievalConfig, embedding: Embedding | None) -> None:
+    if not isinstance(config, RetrievalConfig):
+        raise TypeError(f"config must be a RetrievalConfig, got {type(config).__name__}")
+    if embedding is not None and not hasattr(embedding, "embed"):
+        raise TypeError(f"embedding must have a method embed(latents), got {type(embedding).__name__}")
 
 
 def _check_latents(name: str, latents: Tensor, model: CausalWanModel) -> None:
@@ -245,6 +278,10 @@ def _check_given(given: Tensor | None, noise: Tensor, config: RetrievalConfig) -
 
 
 def _schedule(prompts: Prompts) -> list[tuple[int, Tensor]]:
+    if not isinstance(prompts, (Tensor, list, tuple)):
+        raise TypeError(
+            f"prompt_embeds must be a tensor or a list of (first latent frame, tensor), got {type(prompts).__name__}"
+        )
     schedule = [(0, prompts)] if isinstance(prompts, Tensor) else sorted(prompts, key=lambda entry: entry[0])
     if not schedule or schedule[0][0] != 0:
         first = schedule[0][0] if schedule else "none"

@@ -32,7 +32,7 @@ def denoise(
     predict: Callable[[Tensor, Tensor], Tensor],
     noise: Tensor,
     timesteps: Sequence[float],
-    fresh_noise: Callable[[tuple[int, ...]], Tensor],
+    fresh_noise: Callable[[int, int, torch.Size], Tensor],
 ) -> Iterator[Tensor]:
     """Clean predictions of a block after each step, the last one the result.
 
@@ -43,7 +43,7 @@ def denoise(
         predict: from noisy latents [B, F, C, H, W] and timesteps float32 [B, F] to the flow.
         noise: [B, F, C, H, W].
         timesteps: descending, as of `warp_steps`.
-        fresh_noise: draws noise of a shape [B * F, C, H, W].
+        fresh_noise: draws noise [B, F, C, H, W] for B, F and (C, H, W).
 
     Source: Self-Forcing (arXiv 2506.08009), few-step sampler; x0 = x_t - sigma * flow.
     """
@@ -54,5 +54,5 @@ def denoise(
         yield clean
         if step + 1 < len(timesteps):
             sigma = timesteps[step + 1] / STEPS
-            fresh = fresh_noise((noise.shape[0] * noise.shape[1], *noise.shape[2:])).to(noise)
-            latents = (1 - sigma) * clean + sigma * fresh.view_as(noise)
+            fresh = fresh_noise(noise.shape[0], noise.shape[1], noise.shape[2:]).to(noise)
+            latents = (1 - sigma) * clean + sigma * fresh
