@@ -171,7 +171,8 @@ def _check(video: LatentVideo, size: tuple[int, ...], shortest: int) -> None:
 def _map_pt(path: Path) -> Tensor:
     try:
         latents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        # A file cut short can be an OSError, too.
         raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
     if not isinstance(latents, Tensor):
         raise ValueError(f"{path} must hold a tensor of latents [T, C, H, W], got a {type(latents).__name__}")
