@@ -26,6 +26,7 @@ COMMANDS = {
     "info": Command("longlive_rag.commands.info", "Info", "versions, and whether a GPU can be used"),
     "corpus": Command("longlive_rag.commands.corpus", "Corpus", "latents to train the retrieval autoencoder on"),
     "train": Command("longlive_rag.commands.train", "Train", "train the retrieval autoencoder"),
+    "generate": Command("longlive_rag.commands.generate", "Generate", "long videos from a checkpoint and prompts"),
     "evaluate": Command("longlive_rag.commands.evaluate", "Evaluate", "drift of each of several videos"),
 }
 

@@ -27,8 +27,8 @@ class StreamingDecoder:
         parameter = next(vae.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         shape = (1, -1, 1, 1, 1)
-        self._mean = torch.tensor(vae.config.latents_mean, device=self.device, dtype=self.dtype).view(shape)
-        self._std = torch.tensor(vae.config.latents_std, device=self.device, dtype=self.dtype).view(shape)
+        self._mean = torch.tensor(vae.config.latents_mean, device=self.device).view(shape)
+        self._std = torch.tensor(vae.config.latents_std, device=self.device).view(shape)
         self.reset()
 
     @classmethod
@@ -79,9 +79,9 @@ class StreamingDecoder:
 
         if latents.ndim != 4 or latents.shape[1] != self.channels:
             raise ValueError(f"latents must be [F, {self.channels}, H, W], got {list(latents.shape)}")
-        z = latents.to(self.device, self.dtype).transpose(0, 1)[None] * self._std + self._mean
+        z = latents.to(self.device, torch.float32).transpose(0, 1)[None] * self._std + self._mean
         pictures = []
-        for frame in z.split(1, dim=2):
+        for frame in z.to(self.dtype).split(1, dim=2):
             pixels = self.vae.decoder(
                 self.vae.post_quant_conv(frame), feat_cache=self._cache, feat_idx=[0], first_chunk=self._first
             )

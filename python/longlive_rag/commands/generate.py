@@ -1,0 +1,262 @@
+"""`longlive-rag generate`: long videos from a Wan-family checkpoint and prompts."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+import longlive_rag
+from longlive_rag.config import RetrievalConfig
+from longlive_rag.embedding import AveragePool, Embedding, LatentAutoencoder
+from longlive_rag.files import output_folder
+from longlive_rag.generation.pipeline import Pipeline, VideoSettings
+from longlive_rag.generation.rollout import PAPER_STEPS
+from longlive_rag.generation.wan_files import BACKBONES, WanFiles, find_checkpoint, find_wan_files
+from longlive_rag.training.distributed import Ranks
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prompt and where its video goes."""
+
+    prompt: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Generate long videos with retrieval memory from a Wan-family checkpoint and prompts.
+
+    Leaves, for each prompt, a video that grows as it is made, and beside it what each block retrieved (JSON, PNG).
+    Videos that are there already are skipped, so an interrupted run goes on where it stopped. Under torchrun, each
+    process takes its share of the prompts.
+    """
+
+    backbone: Literal["self-forcing", "causal-forcing", "longlive", "wan"]
+    """Family of the checkpoint; wan: any causal few-step model with Wan's transformer."""
+    wan_dir: Path
+    """Folder with text encoder, tokenizer and VAE: Wan2.1-T2V-1.3B, Wan's own layout or diffusers'."""
+    output: Path
+    """Folder for the videos; created if it is missing."""
+    checkpoint: Path | None = None
+    """The transformer's weights: .pt, .safetensors, an index of shards, or a folder."""
+    lora: Path | None = None
+    """LoRA to merge into them (LongLive's)."""
+    lora_alpha: float | None = None
+    """Scale of the LoRA times its rank; default the rank."""
+    weights: str | None = None
+    """Entry of a .pt checkpoint to take, such as generator_ema; default what the backbone's authors evaluate."""
+    prompt: str | None = None
+    """The prompt."""
+    prompts: Path | None = None
+    """Text file with one prompt per line, instead of --prompt."""
+    seconds: float = 30.0
+    """Length of each video, rounded up to whole blocks."""
+    fps: float = 16.0
+    """Pictures per second of the video."""
+    height: int = 480
+    """Pixels, a multiple of 16."""
+    width: int = 832
+    """Pixels, a multiple of 16."""
+    memory: Annotated[RetrievalConfig, tyro.conf.arg(name="")] = field(default_factory=RetrievalConfig)
+    """The context policy."""
+    embedding: Path | None = None
+    """Checkpoint of the retrieval autoencoder that memory is searched by; default the mean of each latent channel."""
+    denoising_steps: tuple[float, ...] = PAPER_STEPS
+    """Timesteps before the shift, descending from 1000."""
+    timestep_shift: float = 5.0
+    """Shift of the noise schedule."""
+    context_noise: float = 0.0
+    """Timestep of the clean pass, whose keys and values later blocks see."""
+    seed: int = 0
+    """Of the noise; the same for every prompt."""
+    device: str = "auto"
+    """cpu, cuda or cuda:N; auto: a GPU if there is one, under torchrun that of the process."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Of weights and memory; auto: bfloat16 on a GPU, float32 on a CPU."""
+    low_memory: bool = False
+    """Run the text encoder on the CPU, and keep the VAE there while the transformer works."""
+    overwrite: bool = False
+    """Make videos again that are there already."""
+
+    def run(self) -> int:
+        settings, prompts = self._settings(), self._prompts()
+        checkpoint = find_checkpoint(self.backbone, self.checkpoint)
+        for name, path in (("lora", self.lora), ("embedding", self.embedding)):
+            if path is not None and not path.exists():
+                raise FileNotFoundError(f"{name} file {path} does not exist")
+        published_lora = BACKBONES[self.backbone].lora
+        if published_lora is not None and self.lora is None:
+            print(
+                f"Note: {self.backbone} is published as a base and a LoRA, {published_lora}; going on without --lora."
+            )
+        files = find_wan_files(self.wan_dir)
+        for package in ("diffusers", "transformers", "ftfy"):
+            importlib.import_module(package)
+        ranks = Ranks.from_environment()
+        device = self._device(ranks)
+        dtype = (
+            _DTYPES[self.dtype] if self.dtype != "auto" else _DTYPES["bfloat16" if device.type == "cuda" else "float32"]
+        )
+        facts = {
+            "backbone": self.backbone,
+            "checkpoint": checkpoint.name,
+            "lora": self.lora.name if self.lora else None,
+            "embedding": self.embedding.name if self.embedding else None,
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        output = output_folder(self.output)
+        jobs = list(enumerate_jobs(prompts, output))[ranks.rank :: ranks.world]
+        todo = [job for job in jobs if self.overwrite or not _is_done(job, facts, settings)]
+        if len(todo) < len(jobs):
+            print(f"{len(jobs) - len(todo)} of {len(jobs)} videos are there already.")
+        if not todo:
+            return 0
+
+        embeds = self._encode([job.prompt for job in todo], files, device, dtype)
+        pipeline = self._load(checkpoint, files, settings, embeds[0].shape[-1], device, dtype)
+        print(
+            f"{len(todo)} videos of {pipeline.latent_frames} latent frames on {device}; "
+            f"memory takes {pipeline.memory_bytes / 1e9:.2f} GB."
+        )
+        for job, prompt_embeds in zip(todo, embeds, strict=True):
+            more = {"prompt": job.prompt, **facts, "version": longlive_rag.__version__}
+            pipeline.generate(prompt_embeds.to(device), job.path, more)
+            print(f"Written: {job.path}", flush=True)
+        return 0
+
+    def _settings(self) -> VideoSettings:
+        return VideoSettings(
+            seconds=self.seconds,
+            fps=self.fps,
+            height=self.height,
+            width=self.width,
+            denoising_steps=self.denoising_steps,
+            timestep_shift=self.timestep_shift,
+            context_noise=self.context_noise,
+            seed=self.seed,
+            memory=self.memory,
+        )
+
+    def _prompts(self) -> list[str]:
+        if (self.prompt is None) == (self.prompts is None):
+            raise ValueError(f"give either prompt or prompts, got {'neither' if self.prompt is None else 'both'}")
+        if self.prompts is None:
+            lines = [self.prompt or ""]
+        else:
+            try:
+                lines = self.prompts.read_text(encoding="utf-8").splitlines()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"prompts must be a UTF-8 text file, got {self.prompts}: {error}") from error
+        prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise ValueError(f"{'prompt' if self.prompts is None else self.prompts} must hold a prompt, got none")
+        return prompts
+
+    def _device(self, ranks: Ranks) -> torch.device:
+        try:
+            device = ranks.device(None if self.device == "auto" else self.device)
+        except RuntimeError:
+            raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {self.device!r}") from None
+        if device.type == "cuda":
+            if (device.index or 0) >= torch.cuda.device_count():
+                raise ValueError(f"device {device} is not there; torch sees {torch.cuda.device_count()} GPUs")
+            torch.cuda.set_device(device)
+        return device
+
+    def _encode(self, prompts: list[str], files: WanFiles, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        """Embeddings of all prompts, on the CPU; the encoder, larger than all the rest, is gone when this returns."""
+        from longlive_rag.generation.text_encoder import PromptEncoder
+
+        # In float16 UMT5 overflows.
+        encoder_dtype = torch.float32 if dtype is torch.float32 else torch.bfloat16
+        encoder = PromptEncoder(files, device="cpu" if self.low_memory else device, dtype=encoder_dtype)
+        bar = tqdm(prompts, desc="encoding prompts", unit="prompt", disable=None)
+        embeds = [encoder.encode(prompt).to("cpu", dtype) for prompt in bar]
+        del encoder
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return embeds
+
+    def _load(
+        self,
+        checkpoint: Path,
+        files: WanFiles,
+        settings: VideoSettings,
+        text_dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> Pipeline:
+        from longlive_rag.generation.wan_vae import StreamingDecoder
+        from longlive_rag.models.checkpoints import load_causal_wan
+
+        keys = (self.weights,) if self.weights else BACKBONES[self.backbone].weight_keys
+        model = load_causal_wan(
+            checkpoint, weight_keys=keys, lora=self.lora, lora_alpha=self.lora_alpha, device=device, dtype=dtype
+        )
+        if model.text_dim != text_dim:
+            raise ValueError(
+                f"{checkpoint} takes prompt embeddings of width {model.text_dim}, but the text encoder in "
+                f"{self.wan_dir} makes {text_dim}"
+            )
+        embedding: Embedding = AveragePool()
+        if self.embedding is not None:
+            autoencoder = LatentAutoencoder.from_checkpoint(self.embedding).to(device)
+            if autoencoder.in_channels != model.in_dim:
+                raise ValueError(
+                    f"{self.embedding} embeds {autoencoder.in_channels} latent channels, but {checkpoint} makes "
+                    f"{model.in_dim}"
+                )
+            embedding = autoencoder
+        decoder = StreamingDecoder.from_files(files, device=device, dtype=dtype)
+        return Pipeline(model, decoder, embedding, settings, low_memory=self.low_memory)
+
+
+def enumerate_jobs(prompts: list[str], output: Path) -> Iterator[Job]:
+    """Name each prompt's video by its number and its first words."""
+    for index, prompt in enumerate(prompts):
+        words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].rstrip("-")
+        yield Job(prompt, output / f"{'-'.join(filter(None, (f'{index:04d}', words)))}.mp4")
+
+
+def _is_done(job: Job, facts: dict[str, Any], settings: VideoSettings) -> bool:
+    """Whether the video is there.
+
+    Raises:
+        ValueError: it is, but was made otherwise; the message says how.
+    """
+    if not job.path.is_file():
+        return False
+    log = job.path.with_suffix(".json")
+    try:
+        report = json.loads(log.read_text(encoding="utf-8"))
+        before = {"prompt": report["prompt"], **{name: report[name] for name in facts}, **_flat(report["settings"])}
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{job.path} is there without a readable {log.name}; move it, or use --overwrite") from error
+    now = {"prompt": job.prompt, **facts, **_flat(json.loads(json.dumps(asdict(settings))))}
+    changed = [
+        f"{name} {before.get(name)!r}, now {value!r}" for name, value in now.items() if before.get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{job.path} was made with other settings ({'; '.join(changed)}); choose another --output, or --overwrite"
+        )
+    return True
+
+
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    return {**{name: value for name, value in settings.items() if name != "memory"}, **settings["memory"]}

@@ -1,0 +1,203 @@
+"""One prompt to one video file: noise, blocks, pictures and H.264, each as soon as the one before it is there."""
+
+from __future__ import annotations
+
+import math
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from longlive_rag.config import RetrievalConfig
+from longlive_rag.embedding import Embedding
+from longlive_rag.files import write_json
+from longlive_rag.generation.retrieval_log import draw_retrieval, retrieval_entries
+from longlive_rag.generation.rollout import PAPER_STEPS, stream
+from longlive_rag.generation.sampler import STEPS, warp_steps
+from longlive_rag.generation.video import VideoWriter
+from longlive_rag.generation.wan_vae import StreamingDecoder
+from longlive_rag.memory import Retrieval
+from longlive_rag.models import CausalWanModel
+
+# Rows and columns of pixels per token, at least: the VAE's 8 times the patch of 2.
+_PIXELS_PER_TOKEN = 16
+
+
+@dataclass(frozen=True)
+class VideoSettings:
+    """All that, with weights and prompt, decides what a video looks like.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    seconds: float = 30.0
+    fps: float = 16.0
+    height: int = 480
+    width: int = 832
+    denoising_steps: tuple[float, ...] = PAPER_STEPS
+    timestep_shift: float = 5.0
+    context_noise: float = 0.0
+    seed: int = 0
+    memory: RetrievalConfig = field(default_factory=RetrievalConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.seconds < math.inf:
+            raise ValueError(f"seconds must be positive, got {self.seconds}")
+        if not 0 < self.fps <= 1000:
+            raise ValueError(f"fps must be above 0 and at most 1000, got {self.fps}")
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            if value < _PIXELS_PER_TOKEN or value % _PIXELS_PER_TOKEN:
+                raise ValueError(f"{name} must be a positive multiple of {_PIXELS_PER_TOKEN} pixels, got {value}")
+        if not 0 <= self.context_noise <= STEPS:
+            raise ValueError(f"context_noise must be a timestep from 0 to {STEPS}, got {self.context_noise}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
+        warp_steps(self.denoising_steps, self.timestep_shift)
+
+    def latent_frames(self, temporal_factor: int) -> int:
+        """Latent frames that make at least `seconds` of video, in whole blocks."""
+        pictures = math.ceil(self.seconds * self.fps - 1e-6)
+        frames = math.ceil((pictures - 1) / temporal_factor) + 1
+        block = self.memory.block_frames
+        return math.ceil(frames / block) * block
+
+
+class Pipeline:
+    """A loaded backbone and VAE that make videos under the same settings.
+
+    Args:
+        model: the transformer.
+        decoder: the VAE.
+        embedding: what memory is searched by.
+        settings: of every video.
+        low_memory: keep the VAE off the GPU while the transformer works.
+
+    Raises:
+        ValueError: the parts do not fit together, or the memory of a video does not fit on the device.
+    """
+
+    def __init__(
+        self,
+        model: CausalWanModel,
+        decoder: StreamingDecoder,
+        embedding: Embedding,
+        settings: VideoSettings,
+        *,
+        low_memory: bool = False,
+    ) -> None:
+        self.model, self.decoder, self.embedding, self.settings = model, decoder, embedding, settings
+        self.low_memory = low_memory
+        self.device = model.patch_embedding.weight.device
+        if model.in_dim != decoder.channels:
+            raise ValueError(f"the transformer has {model.in_dim} latent channels, but the VAE has {decoder.channels}")
+        factor = decoder.spatial_factor
+        if settings.height % factor or settings.width % factor:
+            raise ValueError(
+                f"height and width must be multiples of {factor}, got {settings.height} x {settings.width}"
+            )
+        self.latent_size = (settings.height // factor, settings.width // factor)
+        model.token_grid(*self.latent_size)
+        self.latent_frames = settings.latent_frames(decoder.temporal_factor)
+        self._check_room()
+        if low_memory:
+            decoder.offload()
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of keys and values that a whole video leaves in memory."""
+        rows, columns = self.model.token_grid(*self.latent_size)
+        config = self.settings.memory
+        frames = self.latent_frames if config.memory_frames else config.context_frames + config.block_frames
+        itemsize = self.model.patch_embedding.weight.element_size()
+        return frames * 2 * self.model.num_layers * rows * columns * self.model.dim * itemsize
+
+    def generate(self, prompt_embeds: Tensor, path: Path, facts: dict[str, Any], *, progress: bool = True) -> None:
+        """Make one video, and beside it `<stem>.json`, what was retrieved, and `<stem>.png`, the same as a picture.
+
+        The video takes its name last, so that its presence says that all three are complete. An interrupted one
+        stays as `<stem>.partial.mp4`.
+
+        Args:
+            prompt_embeds: [tokens, text_dim].
+            path: `.mp4` file.
+            facts: more entries for the JSON file, such as the prompt.
+            progress: show a progress bar.
+        """
+        settings, config = self.settings, self.settings.memory
+        generator = torch.Generator().manual_seed(settings.seed)
+
+        # Drawn on the CPU, block by block: the same on every device, and a longer video begins like a shorter one.
+        def draw(shape: tuple[int, ...]) -> Tensor:
+            return torch.randn(shape, generator=generator).to(self.device)
+
+        block_shape = (1, config.block_frames, self.model.in_dim, *self.latent_size)
+        blocks = self.latent_frames // config.block_frames
+        retrieved: list[Retrieval] = []
+        started = time.monotonic()
+        self.decoder.reset()
+        # One block is written while the next is made; no more are ever held.
+        writing: Future[None] | None = None
+        with (
+            VideoWriter(path, fps=settings.fps, size=(settings.height, settings.width)) as writer,
+            ThreadPoolExecutor(1) as writers,
+        ):
+            finished_blocks = stream(
+                self.model,
+                (draw(block_shape) for _ in range(blocks)),
+                prompt_embeds[None],
+                config,
+                embedding=self.embedding,
+                denoising_steps=settings.denoising_steps,
+                timestep_shift=settings.timestep_shift,
+                context_noise=settings.context_noise,
+                renoise=lambda _, shape: draw(shape),
+                capacity=self.latent_frames,
+            )
+            bar = tqdm(finished_blocks, desc=path.stem[:40], total=blocks, unit="block", disable=not progress)
+            for block in bar:
+                pictures = self._decode(block.latents[0])
+                if writing is not None:
+                    writing.result()
+                writing = writers.submit(writer.write, pictures.numpy())
+                if block.retrieval is not None:
+                    retrieved.append(block.retrieval)
+            if writing is not None:
+                writing.result()
+            entries = retrieval_entries(retrieved)
+            report = {
+                **facts,
+                "settings": asdict(settings),
+                "frames": writer.frames_written,
+                "latent_frames": self.latent_frames,
+                "wall_seconds": round(time.monotonic() - started, 3),
+                "retrieved": entries,
+            }
+            write_json(path.with_suffix(".json"), report)
+            if entries:
+                seconds_per_frame = self.decoder.temporal_factor / settings.fps
+                draw_retrieval(entries, config, self.latent_frames, seconds_per_frame, path.with_suffix(".png"))
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        if not self.low_memory:
+            return self.decoder.decode(latents)
+        self.decoder.restore()
+        pictures = self.decoder.decode(latents)
+        self.decoder.offload()
+        return pictures
+
+    def _check_room(self) -> None:
+        if self.device.type != "cuda":
+            return
+        free, _ = torch.cuda.mem_get_info(self.device)
+        if self.memory_bytes > free:
+            raise ValueError(
+                f"seconds = {self.settings.seconds:g} leaves {self.memory_bytes / 1e9:.1f} GB of keys and values in "
+                f"memory, but {self.device} has {free / 1e9:.1f} GB free; choose fewer seconds, or memory_frames = 0"
+            )
