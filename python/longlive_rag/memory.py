@@ -253,9 +253,10 @@ class RetrievalMemory:
     def _write_tables(self, plan: ContextPlan) -> None:
         """Fill the tables in place, so that captured graphs see the new block.
 
-        Only another block length needs new ones.
+        Only other lengths need new ones.
         """
-        if self._tables[0].shape[1] != plan.frames:
+        columns = len(plan.fixed_entries()[0])
+        if (self._tables[0].shape[1], self._tables[1].shape[1]) != (plan.frames, columns):
             self._tables = self._block_tables(plan)
         block_slots, slots, positions, query_position = self._tables
         frames, places = plan.fixed_entries()

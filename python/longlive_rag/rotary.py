@@ -28,9 +28,14 @@ def _frequencies(pairs: int) -> Tensor:
     return THETA ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
 
 
+def spatial_frequencies(head_dim: int) -> Tensor:
+    """Radians per row, and per column, of the spatial pairs, float64 [pairs / 2]."""
+    return _frequencies(head_dim // 6)
+
+
 def spatial_rotation(rows: int, columns: int, head_dim: int, device: torch.device | str | None = None) -> Tensor:
     """Cosine and sine of the spatial pairs for each token of a frame, float32 [rows * columns, pairs, 2]."""
-    frequencies = _frequencies(head_dim // 6)
+    frequencies = spatial_frequencies(head_dim)
     by_row = torch.arange(rows, dtype=torch.float64)[:, None] * frequencies
     by_column = torch.arange(columns, dtype=torch.float64)[:, None] * frequencies
     angle = torch.cat(

@@ -1,0 +1,132 @@
+"""What the public causal video models agree on, and where each family differs.
+
+All descend from Wan: a transformer whose blocks call ``self_attn(x, seq_lens, grid_sizes, freqs, block_mask, kv_cache,
+...)`` positionally. A family is told by the names that its attention's ``forward`` takes, never by a class name: the
+classes all have the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from longlive_rag.backbones.sequences import Sequence
+from longlive_rag.context import ContextPlan
+
+COMMON = frozenset({"x", "seq_lens", "grid_sizes", "freqs", "block_mask", "kv_cache", "current_start"})
+"""Names that the attention of every family takes."""
+
+Arguments = Mapping[str, Any]
+"""The arguments of one call of the attention, by name."""
+
+
+def _ends(x: Tensor, arguments: Arguments) -> tuple[int, int]:
+    """Tokens of the video after this call, and how many of them a cache of that size would hold."""
+    end = arguments["current_start"] + x.shape[1]
+    keys = arguments["kv_cache"]["k"]
+    return end, min(end, keys.shape[1]) if isinstance(keys, Tensor) and keys.numel() else end
+
+
+class Family:
+    """Self-Forcing, Causal-Forcing: the cache is advanced inside the attention, which returns a tensor."""
+
+    name = "Self-Forcing"
+    extra = frozenset({"cache_start"})
+    """Names that its attention takes beyond `COMMON`."""
+
+    def begin(self, sequence: Sequence, start: int, frames: int, latents: Tensor, arguments: Arguments) -> None:
+        """A pass over the frames ``start .. start + frames`` begins; `latents` [B, F, C, H, W] are its input."""
+        sequence.begin(start, frames, latents)
+
+    def output(self, x: Tensor, arguments: Arguments) -> Any:
+        """What the attention returns, given the tensor [B, L, H * D]. Here, the indices of the cache move at once."""
+        global_end, local_end = _ends(x, arguments)
+        cache = arguments["kv_cache"]
+        for name, end in (("global_end_index", global_end), ("local_end_index", local_end)):
+            if isinstance(cache.get(name), Tensor):
+                cache[name].fill_(end)
+            elif name in cache:
+                cache[name] = end
+        return x
+
+
+class CausVid(Family):
+    """CausVid: sees the whole past, and is told where the block ends."""
+
+    name = "CausVid"
+    extra = frozenset({"current_end"})
+
+
+class LongLive(Family):
+    """LongLive 1, with absolute or relative positions: the transformer advances the cache after all layers."""
+
+    name = "LongLive"
+    extra = frozenset({"cache_start", "sink_recache_after_switch"})
+
+    def begin(self, sequence: Sequence, start: int, frames: int, latents: Tensor, arguments: Arguments) -> None:
+        if arguments.get("sink_recache_after_switch"):
+            # The switch drops the old sink: what follows is a new video that begins with the frames made again.
+            sequence.restart()
+        super().begin(sequence, start, frames, latents, arguments)
+
+    def output(self, x: Tensor, arguments: Arguments) -> Any:
+        # Without an update, the transformer only moves the two indices.
+        return x, (*_ends(x, arguments), None)
+
+
+class LongLiveRAG(LongLive):
+    """LongLive-RAG's own repository: its memory of evicted keys stays empty, ours takes over."""
+
+    name = "LongLive-RAG"
+    extra = LongLive.extra | {"memory_indices"}
+
+
+class MemFlow(LongLive):
+    """MemFlow: its bank of keys stays empty, the retrieval memory takes over."""
+
+    name = "MemFlow"
+    extra = frozenset({"cache_start", "kv_bank", "update_bank", "is_recache"})
+
+    def output(self, x: Tensor, arguments: Arguments) -> Any:
+        # Its update step needs an update to read; one that is called a recomputation leaves cache and bank alone.
+        return x, (*_ends(x, arguments), {"action": "none", "is_recompute": True})
+
+
+class RollingForcing(Family):
+    """Rolling Forcing: a window of blocks at falling noise levels, and a clean pass over the first of them.
+
+    The window's later blocks are seen by nothing but the window, so only the clean pass can finish a block.
+    """
+
+    name = "Rolling Forcing"
+    extra = frozenset({"cache_start", "updating_cache"})
+
+    def begin(self, sequence: Sequence, start: int, frames: int, latents: Tensor, arguments: Arguments) -> None:
+        plan_type = _CleanPlan if arguments.get("updating_cache") else _RollingPlan
+        sequence.begin(start, frames, latents, plan_type)
+
+
+class _RollingPlan(ContextPlan):
+    """Context of the window of blocks."""
+
+    def keeps(self, frame: int) -> bool:
+        # The clean pass looks further back than the window.
+        oldest = self.start + self.config.block_frames - self.config.context_frames
+        return frame < self.config.sink_frames or frame >= oldest
+
+
+class _CleanPlan(_RollingPlan):
+    """Context of the clean pass: without the sink, and that much longer in the past."""
+
+    @property
+    def local_columns(self) -> int:
+        return self.config.local_frames + self.config.sink_frames
+
+    @property
+    def sink(self) -> range:
+        return range(0)
+
+
+FAMILIES: tuple[Family, ...] = (Family(), CausVid(), LongLive(), LongLiveRAG(), MemFlow(), RollingForcing())

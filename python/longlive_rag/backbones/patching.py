@@ -1,0 +1,283 @@
+"""`patch`: an existing causal video model gets retrieval memory."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longlive_rag.backbones.detection import Backbone, find_backbone
+from longlive_rag.backbones.sequences import Sequence
+from longlive_rag.config import RetrievalConfig
+from longlive_rag.embedding import AveragePool, Embedding
+from longlive_rag.memory import Retrieval, RetrievalMemory
+from longlive_rag.selection import Selection
+
+logger = logging.getLogger(__name__)
+_MARK = "_longlive_rag_patched"
+
+
+def patch(
+    model: Any,
+    config: RetrievalConfig | None = None,
+    *,
+    embedding: Embedding | None = None,
+    selection: Selection | None = None,
+    capacity: int = 64,
+    release_cache: bool = False,
+) -> Patched:
+    """Turn the attention of an existing causal video model into attention with retrieval memory.
+
+        patched = patch(pipeline, RetrievalConfig())
+        video = pipeline.inference(noise, prompts)
+
+    The model's own code stays as it is; blocks, videos and prompt switches are read off its calls. Its projections and
+    norms are called where they are, so that LoRA and quantised layers keep working. Calls without a key-value cache, or
+    with gradients, go to the original attention.
+
+    Args:
+        model: a causal video transformer, or a wrapper or pipeline that holds one.
+        config: the context policy; default the paper's. Its window replaces the model's own.
+        embedding: of clean latent frames; default `AveragePool`.
+        selection: which frames come back; default the most similar ones.
+        capacity: latent frames to make room for at once; the length of the video, where it is known, avoids copies.
+        release_cache: free the keys and values of the pipeline's own cache, which nothing reads any more, the first
+            time it is passed (see `Patched.released_bytes`).
+
+    Raises:
+        TypeError: model holds no causal transformer of a known family.
+        ValueError: it holds several, is patched already, or has another rotary embedding.
+    """
+    if config is None:
+        config = RetrievalConfig()
+    if not isinstance(config, RetrievalConfig):
+        raise TypeError(f"config must be a RetrievalConfig, got {type(config).__name__}")
+    if config.query != "latest":
+        raise ValueError(
+            f"config.query must be 'latest' for a patched model, whose denoising steps are not known, got "
+            f"{config.query!r}"
+        )
+    backbone = find_backbone(model)
+    if hasattr(backbone.transformer, _MARK):
+        raise ValueError("model is patched already; call unpatch() on what patch() returned first")
+    return Patched(backbone, config, embedding or AveragePool(), selection, capacity, release_cache)
+
+
+@dataclass
+class _Pass:
+    """One call of the transformer."""
+
+    latents: Tensor
+    """[B, F, C, H, W]."""
+    sequence: Sequence | None = None
+    frames: int = 0
+
+
+@dataclass
+class _Released:
+    """Keys or values of a pipeline's cache that were freed."""
+
+    placeholder: weakref.ref[Tensor]
+    shape: torch.Size
+
+
+class Patched:
+    """A patched model; also a context manager that unpatches.
+
+    Conditional and unconditional passes have a cache each, and so a memory each.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        config: RetrievalConfig,
+        embedding: Embedding,
+        selection: Selection | None,
+        capacity: int,
+        release_cache: bool,
+    ) -> None:
+        self.config, self.family = config, backbone.family.name
+        self.released_bytes = 0
+        """Memory of the pipeline's own cache that was freed."""
+        self._backbone, self._embedding, self._selection = backbone, embedding, selection
+        self._capacity, self._release_cache = capacity, release_cache
+        self._sequences: list[tuple[weakref.ref[Tensor], Sequence]] = []
+        self._released: list[_Released] = []
+        self._pass: _Pass | None = None
+        self._warned = False
+        self._originals: list[tuple[nn.Module, Any]] = []
+        transformer = backbone.transformer
+        self._replace(transformer, self._transformer_forward(transformer.forward))
+        for layer, attention in enumerate(backbone.attentions):
+            self._replace(attention, self._attention_forward(layer, attention, attention.forward))
+        setattr(transformer, _MARK, True)
+
+    @property
+    def retrieved(self) -> list[Retrieval]:
+        """What each block of the last video got from memory: `.block_start`, `.frames` [B][k], `.similarity` [B][k]."""
+        return self._sequences[0][1].retrieved if self._sequences else []
+
+    def reset(self) -> None:
+        """Forget the videos so far. A pipeline that begins another video does not need it."""
+        for _, sequence in self._sequences:
+            sequence.reset()
+
+    def unpatch(self) -> None:
+        """Give the model its own attention back, and released caches their size."""
+        for module, original in self._originals:
+            if original is None:
+                del module.forward
+            else:
+                module.forward = original
+        if self._originals:
+            delattr(self._backbone.transformer, _MARK)
+        self._originals = []
+        self._restore_caches()
+        for _, sequence in self._sequences:
+            sequence.close()
+
+    def __enter__(self) -> Patched:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.unpatch()
+
+    def _replace(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self._originals.append((module, vars(module).get("forward")))
+        module.forward = forward
+
+    def _transformer_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            latents = args[0] if args else kwargs.get("x")
+            if isinstance(latents, (list, tuple)):
+                latents = torch.stack(list(latents))
+            outer, self._pass = self._pass, None
+            if isinstance(latents, Tensor) and latents.ndim == 5:
+                self._pass = _Pass(latents.transpose(1, 2))
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._pass = outer
+
+        return forward
+
+    def _attention_forward(self, layer: int, attention: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+        names = self._backbone.parameters
+        family = self._backbone.family
+
+        @functools.wraps(original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            arguments = dict(zip(names, args)) | kwargs  # noqa: B905  (trailing arguments have defaults)
+            if self._pass is None or arguments.get("kv_cache") is None or self._needs_gradients(attention, args[0]):
+                return original(*args, **kwargs)
+            if layer == 0:
+                self._begin(arguments)
+            if self._release_cache:
+                self._release(arguments["kv_cache"])
+            sequence = self._pass.sequence
+            assert sequence is not None, "the first layer's attention begins a pass"
+            q, k, v = self._project(attention, arguments["x"], self._pass.frames)
+            out = sequence.memory.attend(layer, q, k, v)
+            return family.output(attention.o(out.flatten(2)), arguments)
+
+        return forward
+
+    @staticmethod
+    def _project(attention: Any, x: Tensor, frames: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised queries and keys, and values, [B, F, T, H, D]."""
+        q, k, v = attention.norm_q(attention.q(x)), attention.norm_k(attention.k(x)), attention.v(x)
+        # A norm with a float32 weight returns float32.
+        q, k, v = (
+            tensor.to(v.dtype).unflatten(2, (attention.num_heads, attention.head_dim)).unflatten(1, (frames, -1))
+            for tensor in (q, k, v)
+        )
+        return q, k, v
+
+    def _begin(self, arguments: dict[str, Any]) -> None:
+        """The first layer of a pass: whose is it, and which frames?"""
+        assert self._pass is not None
+        grid = arguments["grid_sizes"][0].tolist()
+        frames, tokens = grid[0], grid[1] * grid[2]
+        current_start = int(arguments["current_start"])
+        if current_start % tokens:
+            raise ValueError(
+                f"current_start must be a multiple of {tokens}, the tokens of a latent frame of this size, got "
+                f"{current_start}; the pipeline's frame_seq_length is for another size"
+            )
+        if self._pass.latents.shape[1] != frames:
+            raise ValueError(
+                f"the transformer's input must be latents [B, C, {frames}, H, W], got {list(self._pass.latents.shape)} "
+                f"with batch and frames first"
+            )
+        sequence = self._sequence(arguments, (grid[1], grid[2]))
+        self._pass.sequence, self._pass.frames = sequence, frames
+        self._backbone.family.begin(sequence, current_start // tokens, frames, self._pass.latents, arguments)
+
+    def _sequence(self, arguments: dict[str, Any], grid: tuple[int, int]) -> Sequence:
+        """The sequence of a key-value cache, told by the tensor that holds the first layer's keys."""
+        if self._release_cache:
+            self._release(arguments["kv_cache"])
+        keys = arguments["kv_cache"]["k"]
+        for reference, sequence in self._sequences:
+            if reference() is keys:
+                return sequence
+        self._sequences = [entry for entry in self._sequences if entry[0]() is not None]
+        sequence = Sequence(self.config, functools.partial(self._make_memory, arguments["x"], grid))
+        self._sequences.append((weakref.ref(keys), sequence))
+        return sequence
+
+    def _make_memory(self, x: Tensor, grid: tuple[int, int]) -> RetrievalMemory:
+        attention: Any = self._backbone.attentions[0]
+        return RetrievalMemory(
+            self.config,
+            batch=x.shape[0],
+            layers=len(self._backbone.attentions),
+            heads=attention.num_heads,
+            head_dim=attention.head_dim,
+            grid=grid,
+            device=x.device,
+            dtype=attention.v(x[:, :1]).dtype,
+            embedding=self._embedding,
+            capacity=self._capacity,
+            selection=self._selection,
+        )
+
+    def _needs_gradients(self, attention: nn.Module, x: Tensor) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        needed = x.requires_grad or any(parameter.requires_grad for parameter in attention.parameters())
+        if needed and not self._warned:
+            self._warned = True
+            logger.warning("calls with gradients go to the model's own attention, without memory; use torch.no_grad()")
+        return needed
+
+    def _release(self, cache: dict[str, Any]) -> None:
+        for name in ("k", "v"):
+            tensor = cache[name]
+            if isinstance(tensor, Tensor) and tensor.numel():
+                cache[name] = tensor.new_empty(tensor.shape[0], 0, *tensor.shape[2:])
+                self._released.append(_Released(weakref.ref(cache[name]), tensor.shape))
+                self.released_bytes += tensor.nbytes
+
+    def _restore_caches(self) -> None:
+        # The pipeline owns the dictionaries. Holding them here would keep dead caches, and their sequences, alive.
+        for released in self._released:
+            placeholder = released.placeholder()
+            if placeholder is None:
+                continue
+            for owner in gc.get_referrers(placeholder):
+                if isinstance(owner, dict):
+                    for name in [name for name in ("k", "v") if owner.get(name) is placeholder]:
+                        owner[name] = placeholder.new_zeros(released.shape)
+        self._released = []
