@@ -131,7 +131,9 @@ def test_missing_files_are_told_with_source_and_size(tmp_path):
     (tmp_path / "Wan2.1_VAE.pth").unlink()
     with pytest.raises(FileNotFoundError) as error:
         find_wan_files(tmp_path)
-    assert "Wan2.1_VAE.pth (0.5 GB) from https://huggingface.co/Wan-AI/Wan2.1-T2V-1.3B" in str(error.value)
+    assert "lacks Wan2.1_VAE.pth (0.5 GB) from https://huggingface.co/Wan-AI/Wan2.1-T2V-1.3B: hf download" in str(
+        error.value
+    )
     assert "umt5" not in str(error.value)
     (tmp_path / "other" / "vae").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match=r"lacks text_encoder \(22\.7 GB\).*2\.1-T2V-1\.3B-Diffusers"):
@@ -143,7 +145,7 @@ def test_missing_checkpoint_is_told_with_source_and_size(tmp_path):
         FileNotFoundError, match=r"no\.pt does not exist.*self_forcing_dmd\.pt \(about 5\.7 GB\).*gdhe17"
     ):
         find_checkpoint("self-forcing", tmp_path / "no.pt")
-    with pytest.raises(ValueError, match=r"got none; longlive needs models/longlive_base\.pt"):
+    with pytest.raises(ValueError, match=r"got none; longlive takes models/longlive_base\.pt"):
         find_checkpoint("longlive", None)
     with pytest.raises(ValueError, match=r"got none$"):
         find_checkpoint("wan", None)

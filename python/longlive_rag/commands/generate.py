@@ -22,7 +22,7 @@ from longlive_rag.embedding import AveragePool, Embedding, LatentAutoencoder
 from longlive_rag.files import output_folder
 from longlive_rag.generation.pipeline import Pipeline, VideoSettings
 from longlive_rag.generation.rollout import PAPER_STEPS
-from longlive_rag.generation.wan_files import BACKBONES, WanFiles, find_checkpoint, find_wan_files
+from longlive_rag.generation.wan_files import BACKBONES, WanFiles, find_checkpoint, find_wan_files, from_where
 from longlive_rag.training.distributed import Ranks
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -98,14 +98,12 @@ class Generate:
         for name, path in (("lora", self.lora), ("embedding", self.embedding)):
             if path is not None and not path.exists():
                 raise FileNotFoundError(f"{name} file {path} does not exist")
-        published_lora = BACKBONES[self.backbone].lora
-        if published_lora is not None and self.lora is None:
-            print(
-                f"Note: {self.backbone} is published as a base and a LoRA, {published_lora}; going on without --lora."
-            )
         files = find_wan_files(self.wan_dir)
         for package in ("diffusers", "transformers", "ftfy"):
             importlib.import_module(package)
+        published_lora = BACKBONES[self.backbone].lora
+        if published_lora is not None and self.lora is None:
+            print(f"Note: without --lora. {self.backbone} is a base and {from_where([published_lora], Path('.'))}")
         ranks = Ranks.from_environment()
         device = self._device(ranks)
         dtype = (
@@ -114,7 +112,9 @@ class Generate:
         facts = {
             "backbone": self.backbone,
             "checkpoint": checkpoint.name,
+            "weights": self.weights,
             "lora": self.lora.name if self.lora else None,
+            "lora_alpha": self.lora_alpha,
             "embedding": self.embedding.name if self.embedding else None,
             "dtype": str(dtype).removeprefix("torch."),
         }

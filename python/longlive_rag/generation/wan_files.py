@@ -21,7 +21,7 @@ class Source:
     size: str
 
     def __str__(self) -> str:
-        return f"{self.file} ({self.size}) from https://huggingface.co/{self.repository}"
+        return f"{self.file} ({self.size})"
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,10 @@ def find_wan_files(folder: Path) -> WanFiles:
         sources = (_TEXT_ENCODER, _TOKENIZER, _VAE)
     missing = [source for source in sources if not (folder / source.file).exists()]
     if missing:
-        lacks = f"the Wan folder {folder} lacks" if folder.is_dir() else f"the Wan folder {folder} does not exist; get"
-        raise FileNotFoundError(f"{lacks} {', '.join(map(str, missing))}: {_download(missing, folder)}")
+        lacks = (
+            f"the Wan folder {folder} lacks" if folder.is_dir() else f"the Wan folder {folder} does not exist; it takes"
+        )
+        raise FileNotFoundError(f"{lacks} {from_where(missing, folder)}")
     return WanFiles(*(folder / source.file for source in sources))
 
 
@@ -106,7 +108,7 @@ def find_checkpoint(backbone: str, checkpoint: Path | None) -> Path:
         ValueError: none was named.
     """
     published = BACKBONES[backbone].checkpoint
-    where = f"; {backbone} needs {published}: {_download([published], Path('.'))}" if published else ""
+    where = f"; {backbone} takes {from_where([published], Path('.'))}" if published else ""
     if checkpoint is None:
         raise ValueError(f"checkpoint must name the transformer's weights, got none{where}")
     if not checkpoint.exists():
@@ -114,7 +116,13 @@ def find_checkpoint(backbone: str, checkpoint: Path | None) -> Path:
     return checkpoint
 
 
-def _download(sources: list[Source], folder: Path) -> str:
+def from_where(sources: list[Source], folder: Path) -> str:
+    """Files of one repository with their sizes, and the command that brings them into `folder`."""
+    repository = sources[0].repository
     # A part that is a folder in the repository is asked for by a pattern.
-    patterns = " ".join(f"'{s.file}*'" for s in sources)
-    return f"hf download {sources[0].repository} --include {patterns} --local-dir {folder}"
+    patterns = " ".join(source.file if Path(source.file).suffix else f"'{source.file}/*'" for source in sources)
+    files = ", ".join(map(str, sources))
+    return (
+        f"{files} from https://huggingface.co/{repository}: "
+        f"hf download {repository} --include {patterns} --local-dir {folder}"
+    )
