@@ -27,6 +27,7 @@ COMMANDS = {
     "corpus": Command("longlive_rag.commands.corpus", "Corpus", "latents to train the retrieval autoencoder on"),
     "train": Command("longlive_rag.commands.train", "Train", "train the retrieval autoencoder"),
     "generate": Command("longlive_rag.commands.generate", "Generate", "long videos from a checkpoint and prompts"),
+    "demo": Command("longlive_rag.commands.demo", "Demo", "the same long video under every context policy"),
     "evaluate": Command("longlive_rag.commands.evaluate", "Evaluate", "drift of each of several videos"),
 }
 

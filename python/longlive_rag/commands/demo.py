@@ -1,0 +1,80 @@
+"""`longlive-rag demo`: the same long video under every context policy, made by the bundled small backbone."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from longlive_rag.files import output_folder, write_json
+
+LEAST_FRAMES = 120
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Generate a long video under every context policy with the bundled small backbone, and see which one stays itself.
+
+    Needs no GPU and no download. Leaves a video for each policy, comparison.mp4 (side by side), memory.png and
+    report.json.
+    """
+
+    output: Path
+    """Folder for the results; created if it is missing."""
+    seed: int = 0
+    """Of the noise and of the inhabitants."""
+    laps: int = 6
+    """Times the camera goes over the whole world; at least 2, and always enough for 120 frames."""
+    track: Literal["cuts", "pans"] = "cuts"
+    """The camera cuts between four places, or pans over them and back."""
+    videos: int = 6
+    """Videos per policy that the report counts; the first is written."""
+
+    def run(self) -> int:
+        if self.laps < 2:
+            raise ValueError(f"--laps must be at least 2: the first shows what there is to remember, got {self.laps}")
+        if self.videos < 2:
+            raise ValueError(f"--videos must be at least 2, or there is no interval, got {self.videos}")
+        if self.seed < 0:
+            raise ValueError(f"--seed must not be negative, got {self.seed}")
+        folder = output_folder(self.output)
+
+        from tqdm import tqdm
+
+        from longlive_rag.demo import report, world
+        from longlive_rag.demo.measure import Job, measure_all
+        from longlive_rag.demo.policies import POLICIES
+
+        begun = time.monotonic()
+        frames = max(LEAST_FRAMES, world.lap_frames(self.track, self.laps))
+        walk = world.walk(self.track, frames)
+        with tqdm(total=2 * len(POLICIES) * frames, unit="frame", desc="generating", smoothing=0.05) as progress:
+            results = measure_all(
+                self.track, frames, policies=list(POLICIES), seed=self.seed, videos=self.videos, tick=progress.update
+            )
+        shown = {name: results[Job(name, given=False)][1] for name in POLICIES}
+        for name, videos in tqdm(shown.items(), unit="video", desc="writing"):
+            report.write_video(folder / f"{name}.mp4", videos.frames[0])
+        clips = {name: videos.frames[0] for name, videos in shown.items()}
+        residents = {name: report.first_residents(walk, clip) for name, clip in clips.items()}
+        report.write_comparison(folder / "comparison.mp4", walk, clips, residents)
+        report.draw_memory(folder / "memory.png", walk, {name: shown[name] for name in ("latest_query", "retrieval")})
+        policies = {
+            name: {
+                "label": policy.label,
+                **report.entry(walk, results[Job(name, given=True)][0], results[Job(name, given=False)][0]),
+            }
+            for name, policy in POLICIES.items()
+        }
+        facts = {
+            "track": self.track,
+            "frames": frames,
+            "seed": self.seed,
+            "seconds": round(time.monotonic() - begun, 1),
+            "policies": policies,
+        }
+        write_json(folder / "report.json", facts)
+        print(report.table(policies))
+        print(f"{folder}: comparison.mp4, one video per policy, memory.png, report.json")
+        return 0
