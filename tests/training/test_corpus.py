@@ -14,12 +14,13 @@ from torch import Tensor
 
 from longlive_rag import RetrievalConfig
 from longlive_rag.demo import world
+from longlive_rag.demo.backbone import load_codec
 from longlive_rag.models import CausalWanModel
 from longlive_rag.training import corpus as corpus_module
 from longlive_rag.training.corpus import video_path, write_corpus
 from longlive_rag.training.distributed import Ranks
 from longlive_rag.training.latents import LatentVideo
-from longlive_rag.training.sources import GeneratorSource, WorldSource, random_walk, small_world_codec
+from longlive_rag.training.sources import GeneratorSource, WorldSource, random_walk
 
 
 class Numbers:
@@ -82,7 +83,7 @@ def test_a_full_disk_is_noticed_before_any_work(tmp_path: Path, monkeypatch: pyt
 
 
 def test_world_videos_show_what_their_metadata_says():
-    codec = small_world_codec()
+    codec = load_codec()
     latents, metadata = WorldSource(codec, frames=12, seed=5).make([3])[0]
     views, phases, cast = (np.array(json.loads(metadata[name])) for name in ("views", "phases", "cast"))
     assert latents.shape == (12, 16, 8, 8)
@@ -125,5 +126,13 @@ def test_a_generated_video_is_the_same_alone_and_in_company():
     assert about == {"source": "tiny", "seed": "1", "prompt": "number 2"}
     with pytest.raises(ValueError, match="whole blocks of 3 latent frames, got 8"):
         GeneratorSource(
-            model, prompts, (4, 4, 4), 8, RetrievalConfig(), denoising_steps=(1000,), timestep_shift=5.0, seed=1, name="x"
+            model,
+            prompts,
+            (4, 4, 4),
+            8,
+            RetrievalConfig(),
+            denoising_steps=(1000,),
+            timestep_shift=5.0,
+            seed=1,
+            name="x",
         )

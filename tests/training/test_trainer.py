@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from longlive_rag.embedding import LatentAutoencoder
-from longlive_rag.training.config import TrainingConfig
+from longlive_rag.training.config import TrainingConfig, TrainingOptions
 from longlive_rag.training.distributed import Ranks
 from longlive_rag.training.latents import open_corpus
 from longlive_rag.training.trainer import BEST, LAST, METRICS, Trainer
@@ -94,7 +94,9 @@ def test_it_learns(latents_folder: Path, tmp_path: Path):
     config = replace(CONFIG, epochs=30, delta_weight=0, smooth_weight=0)
     trainer(latents_folder, tmp_path / "run", config).run()
     _, lines = outcome(tmp_path / "run")
-    assert lines[-1]["train"]["total"] == lines[-1]["train"]["reconstruction"] < 0.6 * lines[0]["train"]["reconstruction"]
+    assert (
+        lines[-1]["train"]["total"] == lines[-1]["train"]["reconstruction"] < 0.6 * lines[0]["train"]["reconstruction"]
+    )
 
 
 @pytest.mark.parametrize(("weight", "term"), [("delta_weight", "delta"), ("smooth_weight", "smooth")])
@@ -183,6 +185,7 @@ def test_bad_settings_are_refused_by_name(field: str, value: object):
 
 
 def test_sizes_default_to_the_paper_and_for_small_frames_to_less():
-    paper, small = TrainingConfig().autoencoder(16, 60, 104), TrainingConfig().autoencoder(16, 8, 8)
-    assert (paper.embedding_dim, paper.hidden_dims) == (1024, (64, 128, 256))
+    assert TrainingOptions().config(60, 104) == TrainingConfig()
+    small = TrainingOptions(seed=3, epochs=7).config(8, 8)
     assert (small.embedding_dim, small.hidden_dims) == (128, (32, 64))
+    assert (small.seed, small.epochs) == (3, 7)

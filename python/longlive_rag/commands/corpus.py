@@ -19,28 +19,81 @@ class Corpus:
     """
 
     output: Path
-    """Folder for the latents."""
-    source: Literal["world"] = "world"
-    """What makes the videos: "world", the small world's true videos."""
+    """Folder for the latents; created if it is missing."""
+    source: Literal["small-world", "world", "self-forcing", "causal-forcing", "longlive", "wan"] = "small-world"
+    """What makes the videos: the bundled small-world backbone; "world": the small world's true videos, encoded; or a
+    Wan-family checkpoint."""
     videos: int = 160
     """How many."""
-    frames: int = 64
-    """Latent frames of each."""
+    frames: int | None = None
+    """Latent frames of each; default 64 in the small world, else 90, the paper's."""
     seed: int = 0
     """Of prompts and noise; video i is the same whatever it is made together with."""
+    batch: int = 8
+    """Videos the small-world backbone makes together; Wan makes one at a time."""
+    checkpoint: Path | None = None
+    """The Wan-family transformer's weights."""
+    lora: Path | None = None
+    """LoRA to merge into them (LongLive's)."""
+    wan_dir: Path | None = None
+    """Folder with Wan's text encoder, tokenizer and VAE."""
+    prompts: Path | None = None
+    """Prompt pool for Wan: text file with one prompt per line."""
+    height: int = 480
+    """Pixels of Wan's videos, a multiple of 16."""
+    width: int = 832
+    """Pixels of Wan's videos, a multiple of 16."""
+    device: str | None = None
+    """Default: the GPU if there is one."""
 
     def run(self) -> int:
-        ranks = Ranks.from_environment()
-        if self.frames < 1:
+        for name in ("videos", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.frames is not None and self.frames < 1:
             raise ValueError(f"frames must be at least 1, got {self.frames}")
-        done = write_corpus(self._source(), self.output, self.videos, ranks)
+        ranks = Ranks.from_environment()
+        done = write_corpus(self._source(ranks), self.output, self.videos, ranks)
         kept = f", {done.existing} were there already" if done.existing else ""
-        print(f"{done.made} videos of {self.frames} latent frames made in {self.output}{kept}")
+        print(f"{done.made} videos made in {self.output}{kept}")
         if ranks.first:
             print(f"next: longlive-rag train --data {self.output} --output {self.output.with_name('encoder')}")
         return 0
 
-    def _source(self) -> LatentSource:
-        from longlive_rag.training.sources import WorldSource, small_world_codec
+    def _source(self, ranks: Ranks) -> LatentSource:
+        from longlive_rag.demo.backbone import DENOISING_STEPS, TIMESTEP_SHIFT, load_backbone, load_codec
+        from longlive_rag.demo.policies import POLICIES
+        from longlive_rag.training.sources import SMALL_WORLD_SHAPE, GeneratorSource, WorldSource, small_world_prompts
 
-        return WorldSource(small_world_codec(), self.frames, self.seed)
+        frames = self.frames or (64 if self.source in ("small-world", "world") else 90)
+        if self.source == "world":
+            return WorldSource(load_codec(), frames, self.seed)
+        device = ranks.device(self.device)
+        if self.source == "small-world":
+            model = load_backbone().to(device)
+            return GeneratorSource(
+                model,
+                small_world_prompts(model, frames, self.seed),
+                SMALL_WORLD_SHAPE,
+                frames,
+                POLICIES["retrieval"].config,
+                denoising_steps=DENOISING_STEPS,
+                timestep_shift=TIMESTEP_SHIFT,
+                seed=self.seed,
+                name=self.source,
+                batch=self.batch,
+            )
+        from longlive_rag.training.wan_source import wan_source
+
+        return wan_source(
+            self.source,
+            self.checkpoint,
+            self.lora,
+            self.wan_dir,
+            self.prompts,
+            height=self.height,
+            width=self.width,
+            frames=frames,
+            seed=self.seed,
+            device=device,
+        )

@@ -1,37 +1,45 @@
-"""`longlive-rag train`: trains the retrieval autoencoder."""
+"""`longlive-rag train`: trains the retrieval autoencoder, and measures what an embedding finds."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 
 from longlive_rag.embedding import LatentAutoencoder
-from longlive_rag.files import output_folder
-from longlive_rag.training.config import TrainingConfig
+from longlive_rag.files import output_folder, write_json
+from longlive_rag.training.config import PAPER, TrainingConfig, TrainingOptions
 from longlive_rag.training.distributed import Ranks
 from longlive_rag.training.interruption import StopSignal
-from longlive_rag.training.latents import BadData, open_corpus
+from longlive_rag.training.latents import BadData, Corpus, open_corpus
 from longlive_rag.training.plots import draw_training, similarity_matrix
 from longlive_rag.training.trainer import BEST, LAST, METRICS, Trainer
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train the retrieval autoencoder on a corpus of latents, by default with the paper's objective and settings.
+    """Train the retrieval autoencoder on a corpus of latents, or --evaluate trained ones.
 
     An interrupted training (Ctrl-C, SIGTERM) is saved, and goes on with --resume as if nothing had happened. Under
     torchrun the ranks share each step.
     """
 
-    data: Path
-    """Folder of latents: safetensors files of `longlive-rag corpus`, or .pt files [T, C, H, W]."""
     output: Path
-    """Folder for checkpoints, metrics and the picture."""
+    """Folder for checkpoints, metrics and pictures; created if it is missing."""
+    data: Path | None = None
+    """Folder of latents: safetensors files of `longlive-rag corpus`, or .pt files [T, C, H, W]."""
+    ablation: bool = False
+    """Train without each temporal loss and without both, too, and evaluate them all."""
+    evaluate: tuple[Path, ...] = ()
+    """Do not train: compare these checkpoints with average pooling on the small world; leaves report.json and
+    embeddings.png."""
+    also: tuple[Path, ...] = ()
+    """Files of latents, or videos, whose similarity against time lag is measured in an evaluation, too."""
     resume: bool = False
     """Go on with the training in the folder."""
     bad_data: BadData = "refuse"
@@ -44,55 +52,122 @@ class Train:
     """Processes that read latents for each rank."""
     tensorboard: bool = False
     """Write TensorBoard events, too (pip install 'longlive_rag[tensorboard]')."""
-    training: Annotated[TrainingConfig, tyro.conf.arg(name="")] = field(default_factory=TrainingConfig)
+    training: Annotated[TrainingOptions, tyro.conf.arg(name="")] = field(default_factory=TrainingOptions)
     """The objective and its optimisation."""
 
     def run(self) -> int:
+        if (self.data is None) == (not self.evaluate):
+            what = "neither" if self.data is None else "both"
+            raise ValueError(f"give either data, to train on, or evaluate, checkpoints to compare, got {what}")
         if self.save_every < 1:
             raise ValueError(f"save_every must be at least 1, got {self.save_every}")
         if self.workers < 0:
-            raise ValueError(f"workers must not be negative, got {self.workers}")
+            raise ValueError(f"workers must be at least 0, got {self.workers}")
+        for path in (*self.evaluate, *self.also):
+            if not path.is_file():
+                raise FileNotFoundError(f"no file to evaluate at {path}")
+        output_folder(self.output)
+        if self.data is None:
+            self._compare({_label(path): LatentAutoencoder.from_checkpoint(path) for path in self.evaluate})
+            return 0
+        return self._train(self.data)
+
+    def _train(self, data: Path) -> int:
         ranks = Ranks.from_environment()
         device = ranks.device(self.device)
         with ranks.process_group(device), StopSignal() as stop:
-            output_folder(self.output)
-            corpus = ranks.on_first(lambda: open_corpus(self.data, self.training.chunk_frames, self.bad_data))
+            corpus = ranks.on_first(lambda: open_corpus(data, self.training.chunk_frames, self.bad_data))
             if ranks.first and corpus.skipped:
                 print(f"{len(corpus.skipped)} bad files left out; the first: {corpus.skipped[0]}", file=sys.stderr)
-            trainer = Trainer(
-                self.training,
-                corpus,
-                self.output,
-                ranks=ranks,
-                device=device,
-                resume=self.resume,
-                save_every=self.save_every,
-                workers=self.workers,
-                tensorboard=self.tensorboard,
-            )
-            if not trainer.run(lambda: stop.received is not None):
-                assert stop.received is not None or ranks.world > 1
+            config = self.training.config(*corpus.latent_shape[1:])
+            runs = ablations(config) if self.ablation else {"": config}
+            for name, variant in runs.items():
+                trainer = self._trainer(name, variant, corpus, ranks, device)
+                if not trainer.run(lambda: stop.received is not None):
+                    if ranks.first:
+                        self._say_how_to_go_on(trainer)
+                    return 128 + (stop.received or 15)
                 if ranks.first:
-                    self._say_how_to_go_on(trainer)
-                return 128 + (stop.received or 15)
-            if ranks.first:
-                self._finish(trainer)
+                    self._finish(trainer)
+        if ranks.first and self.ablation:
+            best = {name: self.output / name / BEST for name in runs}
+            self._compare({name: LatentAutoencoder.from_checkpoint(path) for name, path in best.items()})
         return 0
+
+    def _trainer(
+        self, name: str, config: TrainingConfig, corpus: Corpus, ranks: Ranks, device: torch.device
+    ) -> Trainer:
+        output = output_folder(self.output / name)
+        return Trainer(
+            config,
+            corpus,
+            output,
+            ranks=ranks,
+            device=device,
+            # Of an interrupted ablation, the later trainings have not begun.
+            resume=self.resume and (not self.ablation or (output / LAST).exists()),
+            save_every=self.save_every,
+            workers=self.workers,
+            tensorboard=self.tensorboard,
+            label=name or "training",
+        )
 
     def _say_how_to_go_on(self, trainer: Trainer) -> None:
         arguments = sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"]
         print(
-            f"interrupted in epoch {trainer.epoch + 1} of {self.training.epochs}; saved in {self.output / LAST}. "
+            f"interrupted in epoch {trainer.epoch + 1} of {trainer.config.epochs}; saved in {trainer.output / LAST}. "
             f"Go on with: longlive-rag {shlex.join(arguments)}",
             file=sys.stderr,
         )
 
     def _finish(self, trainer: Trainer) -> None:
-        best = LatentAutoencoder.from_checkpoint(self.output / BEST)
+        output = trainer.output
+        best = LatentAutoencoder.from_checkpoint(output / BEST)
         held_out = trainer.corpus.videos[trainer.validation_videos[0]]
-        untrained = self.training.autoencoder(*trainer.corpus.latent_shape)
-        matrices = [similarity_matrix(model, held_out) for model in (untrained, best)]
-        picture = self.output / "training.png"
-        draw_training(picture, self.output / METRICS, matrices[0], matrices[1], held_out.path.stem)
-        best.save(self.output / "encoder.safetensors")
-        print(f"lowest validation loss {trainer.best:.5f}; {self.output / BEST}, picture in {picture}")
+        untrained = trainer.config.autoencoder(*trainer.corpus.latent_shape)
+        before, after = (similarity_matrix(model, held_out) for model in (untrained, best))
+        draw_training(output / "training.png", output / METRICS, before, after, held_out.path.stem)
+        best.save(output / "encoder.safetensors")
+        print(f"lowest validation loss {trainer.best:.5f}: {output / BEST}, curves in {output / 'training.png'}")
+
+    def _compare(self, encoders: dict[str, LatentAutoencoder]) -> None:
+        from longlive_rag.demo.backbone import load_codec
+        from longlive_rag.demo.policies import POLICIES
+        from longlive_rag.embedding import AveragePool
+        from longlive_rag.evaluation import embeddings
+
+        everything = {"average pool": AveragePool(), "average pool, 4 x 4": AveragePool(grid=4), **encoders}
+        truth, config = embeddings.world_videos(load_codec()), POLICIES["retrieval"].config
+        files = {str(path): embeddings.read_latents_or_video(path) for path in self.also}
+        report = {
+            "small_world": {
+                name: embeddings.measure_on_world(embedding, truth, config)
+                for name, embedding in everything.items()
+                if not isinstance(embedding, LatentAutoencoder) or embedding.in_channels == truth.drafts.shape[2]
+            },
+            "files": {
+                path: {name: embeddings.measure_alone(each, latents) for name, each in everything.items()}
+                for path, latents in files.items()
+            },
+        }
+        write_json(self.output / "report.json", report)
+        embeddings.draw_comparison(report, self.output / "embeddings.png")
+        print(embeddings.comparison_table(report))
+        print(f"\nwritten: {self.output / 'report.json'}, {self.output / 'embeddings.png'}")
+
+
+def ablations(config: TrainingConfig) -> dict[str, TrainingConfig]:
+    """The recipe, and what each temporal loss adds to it; the paper's weights as well where the recipe has others."""
+    variants = {
+        "full": config,
+        "without_delta": replace(config, delta_weight=0.0),
+        "without_smoothing": replace(config, smooth_weight=0.0),
+        "reconstruction_only": replace(config, delta_weight=0.0, smooth_weight=0.0),
+    }
+    paper = replace(config, delta_weight=PAPER.delta_weight, smooth_weight=PAPER.smooth_weight)
+    return variants if paper == config else {**variants, "paper_weights": paper}
+
+
+def _label(path: Path) -> str:
+    """A checkpoint's own name, or where the name says nothing, its folder's."""
+    return path.parent.name if path.name in (BEST, LAST) else path.stem

@@ -16,7 +16,7 @@ from longlive_rag.demo.world import PHASES, Walk
 
 @dataclass(frozen=True)
 class RetrievalQuality:
-    """Means over the blocks of one video or, by `mean_quality`, over videos. Right: the block's own camera position."""
+    """Means over the blocks of a video. Right: a frame of the block's own camera position."""
 
     precision_at_1: float
     """Share of blocks whose most similar frame is right."""
@@ -73,11 +73,6 @@ def retrieval_quality(
             )
         )
     return RetrievalQuality(*np.mean(rows, axis=0).tolist(), blocks=len(rows)) if rows else None
-
-
-def mean_quality(qualities: list[RetrievalQuality]) -> RetrievalQuality:
-    """Mean over videos."""
-    return RetrievalQuality(*np.mean([list(vars(quality).values()) for quality in qualities], axis=0).tolist())
 
 
 def similarity_by_lag(embeddings: Tensor, longest: int) -> list[float]:

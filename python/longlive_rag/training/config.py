@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Literal, get_args
 
 import torch
@@ -12,23 +12,13 @@ from longlive_rag.embedding import LatentAutoencoder
 Precision = Literal["auto", "float32", "float16", "bfloat16"]
 
 SMALL_FRAME = 32
-"""Latent frames with a side below this get a small autoencoder: the paper's three halvings would leave one cell."""
+"""Latent frames with a side below this have their own recipe."""
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    """The defaults are the paper's (arXiv 2606.02553).
+class CommonSettings:
+    """What does not depend on the size of the latents; the defaults are the paper's (arXiv 2606.02553)."""
 
-    Raises:
-        ValueError: a value is out of range.
-    """
-
-    epochs: int = 400
-    """Passes over the videos."""
-    batch: int = 128
-    """Chunks in a step, over all ranks; all of an epoch's if there are fewer."""
-    learning_rate: float = 3e-4
-    """Of AdamW, constant."""
     weight_decay: float = 1e-4
     """Of AdamW."""
     gradient_clip: float = 1.0
@@ -43,12 +33,6 @@ class TrainingConfig:
     """Its largest distance in latent frames (w)."""
     delta_margin: float = 0.85
     """Similarity up to which neighbours go free (m)."""
-    smooth_weight: float = 1.0
-    """Weight of the trajectory smoothing; 0: without."""
-    embedding_dim: int | None = None
-    """Width of the embedding; default 1024, the paper's, or 128 for latent frames with a side below 32."""
-    hidden_dims: tuple[int, ...] | None = None
-    """Channels of the encoder's stages, each of which halves the resolution; default 64 128 256, or 32 64 likewise."""
     validation_fraction: float = 0.1
     """Share of the videos held out for validation."""
     precision: Precision = "auto"
@@ -56,8 +40,24 @@ class TrainingConfig:
     seed: int = 0
     """Of the initial weights, the split and the order of chunks."""
 
+
+@dataclass(frozen=True)
+class TrainingConfig(CommonSettings):
+    """A complete recipe, by default the paper's. For the fields without a word see `TrainingOptions`.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    epochs: int = 400
+    batch: int = 128
+    learning_rate: float = 3e-4
+    smooth_weight: float = 1.0
+    embedding_dim: int = 1024
+    hidden_dims: tuple[int, ...] = (64, 128, 256)
+
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "chunk_frames", "chunks_per_video", "delta_window"):
+        for name in ("epochs", "batch", "chunk_frames", "chunks_per_video", "delta_window", "embedding_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "gradient_clip"):
@@ -70,25 +70,16 @@ class TrainingConfig:
             raise ValueError(f"validation_fraction must be between 0 and 1, got {self.validation_fraction}")
         if not -1 <= self.delta_margin <= 1:
             raise ValueError(f"delta_margin must be a cosine, -1 to 1, got {self.delta_margin}")
-        if self.embedding_dim is not None and self.embedding_dim < 1:
-            raise ValueError(f"embedding_dim must be at least 1, got {self.embedding_dim}")
-        if self.hidden_dims is not None and (not self.hidden_dims or min(self.hidden_dims) < 1):
+        if not self.hidden_dims or min(self.hidden_dims) < 1:
             raise ValueError(f"hidden_dims must be one or more positive numbers, got {self.hidden_dims}")
         if self.precision not in get_args(Precision):
             raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}")
 
     def autoencoder(self, channels: int, height: int, width: int) -> LatentAutoencoder:
         """A fresh one for latent frames of this size, the same for the same seed."""
-        small = min(height, width) < SMALL_FRAME
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            return LatentAutoencoder(
-                channels,
-                height,
-                width,
-                embedding_dim=self.embedding_dim or (128 if small else 1024),
-                hidden_dims=self.hidden_dims or ((32, 64) if small else (64, 128, 256)),
-            )
+            return LatentAutoencoder(channels, height, width, self.embedding_dim, self.hidden_dims)
 
     def autocast_dtype(self, device: torch.device) -> torch.dtype:
         """float32: no mixed precision."""
@@ -96,3 +87,36 @@ class TrainingConfig:
             return torch.float16 if device.type == "cuda" else torch.float32
         dtype: torch.dtype = getattr(torch, self.precision)
         return dtype
+
+
+PAPER = TrainingConfig()
+SMALL = TrainingConfig(
+    epochs=60, batch=16, learning_rate=1e-3, smooth_weight=0.02, embedding_dim=128, hidden_dims=(32, 64)
+)
+"""Two halvings of the resolution, since three would leave the small world one cell; many small steps, for a CPU; and a
+smoothing weight at which the embeddings do not collapse to a point, as they do there with the paper's 1
+(docs/training.md)."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions(CommonSettings):
+    """A recipe as a user gives it: what is left out is the paper's or, for small latent frames, `SMALL`'s."""
+
+    epochs: int | None = None
+    """Passes over the videos; default 400, the paper's, or 60 for latent frames with a side below 32."""
+    batch: int | None = None
+    """Chunks in a step, over all ranks; default 128, or 16 for small frames; all of an epoch's if there are fewer."""
+    learning_rate: float | None = None
+    """Of AdamW, constant; default 3e-4, or 1e-3 for small frames."""
+    smooth_weight: float | None = None
+    """Weight of the trajectory smoothing, 0: without; default 1, or 0.02 for small frames, where 1 collapses them."""
+    embedding_dim: int | None = None
+    """Width of the embedding; default 1024, or 128 for small frames."""
+    hidden_dims: tuple[int, ...] | None = None
+    """Channels of the encoder's stages, each of which halves the resolution; default 64 128 256, or 32 64."""
+
+    def config(self, height: int, width: int) -> TrainingConfig:
+        """The complete recipe for latent frames of this size."""
+        recipe = asdict(SMALL if min(height, width) < SMALL_FRAME else PAPER)
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return TrainingConfig(**{**recipe, **{name: value for name, value in given.items() if value is not None}})

@@ -27,15 +27,14 @@ def similarity_matrix(embedding: Embedding, video: LatentVideo) -> np.ndarray:
 
 def draw_training(path: Path, metrics: Path, before: np.ndarray, after: np.ndarray, video_name: str) -> None:
     """Loss curves from the metrics file, and the similarity matrix of one held-out video before and after."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     epochs = [line["epoch"] + 1 for line in lines]
-    figure = plt.figure(figsize=(12, 6.2), layout="constrained")
-    grid = figure.add_gridspec(1, 2)
+    figure = Figure(figsize=(13, 5.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(1, 2, width_ratios=(1.1, 1))
     left = grid[0, 0].subgridspec(2, 2)
     for place, (term, name) in zip((left[0, 0], left[0, 1], left[1, 0], left[1, 1]), _NAMES.items(), strict=True):
         axes = figure.add_subplot(place)
@@ -60,4 +59,3 @@ def draw_training(path: Path, metrics: Path, before: np.ndarray, after: np.ndarr
     figure.colorbar(image, ax=figure.axes[-2:], shrink=0.6, label="cosine")
     with atomic_path(path) as partial:
         figure.savefig(partial, dpi=110)
-    plt.close(figure)

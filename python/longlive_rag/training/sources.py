@@ -6,29 +6,22 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.demo import world
+from longlive_rag.demo.backbone import Backbone
 from longlive_rag.demo.codec import LATENT_CHANNELS, LATENT_SIZE, Codec
+from longlive_rag.demo.measure import prompt_schedule
 from longlive_rag.generation.rollout import Prompts, rollout
 from longlive_rag.models import CausalWanModel
 
 SMALL_WORLD_SHAPE = (LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
 SHORTEST_VISIT, LONGEST_VISIT = 3, 10
 _ENCODED_AT_ONCE = 512
-
-
-def small_world_codec() -> Codec:
-    """The bundled one."""
-    codec = Codec()
-    codec.load_state_dict(load_file(Path(world.__file__).parent / "assets" / "codec.safetensors"))
-    return codec.eval()
 
 
 def random_walk(generator: np.random.Generator, frames: int) -> world.Walk:
@@ -50,13 +43,12 @@ def random_walk(generator: np.random.Generator, frames: int) -> world.Walk:
     return world.Walk(track, np.array(views[:frames]), phases, lap=frames)
 
 
-def truth_metadata(walk: world.Walk, cast: np.ndarray) -> dict[str, str]:
-    """What a corpus file says about its video: which place when, and who lives there."""
+def truth_metadata(walk: world.Walk) -> dict[str, str]:
+    """What a corpus file says about its video: where the camera stands, and the beat."""
     return {
         "track": walk.track,
         "views": json.dumps(walk.views.tolist()),
         "phases": json.dumps(walk.phases.tolist()),
-        "cast": json.dumps(cast.tolist()),
     }
 
 
@@ -82,8 +74,20 @@ class WorldSource:
             generator = np.random.default_rng([self.seed, number])
             walk, cast = random_walk(generator, self.frames), world.draw_cast(generator, 1)[0]
             latents = encode_frames(self.codec, walk.views, walk.phases, cast)
-            videos.append((latents, {"source": "world", **truth_metadata(walk, cast)}))
+            about = {"source": "world", **truth_metadata(walk), "cast": json.dumps(cast.tolist())}
+            videos.append((latents, about))
         return videos
+
+
+def small_world_prompts(model: Backbone, frames: int, seed: int) -> Callable[[int], tuple[Prompts, dict[str, str]]]:
+    """The prompt pool of the small world: a random camera walk for every video."""
+
+    def prompts(number: int) -> tuple[Prompts, dict[str, str]]:
+        generator = np.random.default_rng([seed, number])
+        walk = random_walk(generator, frames)
+        return prompt_schedule(model, walk), truth_metadata(walk)
+
+    return prompts
 
 
 class GeneratorSource:
@@ -132,10 +136,11 @@ class GeneratorSource:
 
     def make(self, numbers: Sequence[int]) -> list[tuple[Tensor, dict[str, str]]]:
         weight = self.model.patch_embedding.weight
-        generators = [torch.Generator(weight.device).manual_seed(self.seed * 1_000_003 + number) for number in numbers]
+        generators = [torch.Generator().manual_seed(self.seed * 1_000_003 + number) for number in numbers]
 
+        # Drawn on the CPU: the same on every device.
         def draw(shape: Sequence[int]) -> Tensor:
-            return torch.stack([torch.randn(*shape, generator=g, device=weight.device) for g in generators])
+            return torch.stack([torch.randn(*shape, generator=g) for g in generators]).to(weight.device)
 
         prompts, metadata = zip(*map(self.prompts, numbers), strict=True)
         result = rollout(
