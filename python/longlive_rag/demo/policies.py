@@ -73,3 +73,6 @@ POLICIES = {
     "retrieval": Policy("retrieval, draft asks", _memory("draft"), lambda walk, seed: SimilaritySelection()),
     "oracle": Policy("oracle", _memory(), lambda walk, seed: oracle(walk)),
 }
+
+SHOWN = ("sliding_window", "sink_window", "random", "latest_query", "retrieval", "oracle")
+"""What the demo makes; the benchmark compares all."""

@@ -112,30 +112,35 @@ def first_residents(walk: world.Walk, frames: np.ndarray) -> np.ndarray:
 
 
 def draw_memory(path: Path, walk: world.Walk, videos: Mapping[str, Videos], video: int = 0) -> None:
-    """What each block of one video retrieved, similarity as colour; what shows the same view is shaded.
+    """What each block of one video retrieved, similarity as colour.
 
-    videos: the policies to show, one panel each.
+    Frames that show the same place are shaded; blocks at which an inhabitant comes back are ringed: there only memory
+    knows who it was. videos: the policies to show, one panel each.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4 * len(videos), 6.6), layout="constrained")
+    figure = Figure(figsize=(6.4 * len(videos), 6.8), layout="constrained")
     FigureCanvasAgg(figure)
     time = np.arange(len(walk.views))
     apart = np.abs(walk.views[:, None] - walk.views[None])
-    shade = np.where((apart < world.VIEWS_PER_PLACE // 2) & (time[None] < time[:, None]), 1.0, np.nan).T
+    same_place = apart < world.VIEWS_PER_PLACE // 2
+    shade = np.where(same_place & (time[None] < time[:, None]), 1.0, np.nan).T
+    returns = sorted({event.frame for event in revisits(walk)})
     axes = np.atleast_1d(figure.subplots(1, len(videos), sharey=True))
     for axis, (name, clip) in zip(axes, videos.items(), strict=True):
         axis.imshow(shade, origin="lower", cmap="Greys", vmin=0, vmax=6, interpolation="nearest")
         starts = np.concatenate([np.full(len(r.frames[video]), r.block_start) for r in clip.recalls])
         frames = np.concatenate([r.frames[video] for r in clip.recalls]).astype(int)
         similarity = np.concatenate([r.similarity[video] for r in clip.recalls])
+        ringed = np.isin(starts, returns)
         points = axis.scatter(starts, frames, c=similarity, s=9, cmap="viridis", vmin=0.3, vmax=1.0, zorder=3)
-        right = np.mean(apart[starts, frames] < world.VIEWS_PER_PLACE // 2)
-        axis.set_title(f"{POLICIES[name].label}: {100 * right:.0f}% show this place", fontsize=12)
+        axis.scatter(starts[ringed], frames[ringed], s=42, facecolors="none", edgecolors="tab:red", zorder=4)
+        right = np.mean(same_place[starts, frames][ringed])
+        axis.set_title(f"{POLICIES[name].label}: at a return, {100 * right:.0f}% show the place", fontsize=12)
         axis.axvline(walk.lap - 0.5, color="tab:red", linewidth=1, linestyle="--")
-        axis.set_xlabel("frame being made (red line: the first lap ends)")
-    axes[0].set_ylabel("frame that memory gave back (grey: frames that show this place)")
+        axis.set_xlabel("frame being made (dashed: the first lap ends; ringed: somebody comes back)")
+    axes[0].set_ylabel("frame that memory gave back (grey: it shows the same place)")
     figure.colorbar(points, ax=axes, label="cosine similarity to the query", shrink=0.8)
     with atomic_path(path) as partial:
         figure.savefig(partial, dpi=110)

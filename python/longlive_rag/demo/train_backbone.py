@@ -50,6 +50,7 @@ class Trainer:
         self.spatial = rotary.spatial_rotation(*self.model.token_grid(8, 8), head_dim)
         self.frequencies = rotary.temporal_frequencies(head_dim)
         self.compiled_loss = torch.compile(self.loss, dynamic=False)
+        self.compiled = False  # the first step compiles; that is no training
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Weighted mean square error of the clean prediction, and the error of each noisy frame."""
@@ -80,8 +81,9 @@ class Trainer:
         with torch.no_grad():
             current = self.model.state_dict()
             torch._foreach_lerp_(list(self.average.values()), [current[name] for name in self.average], 1 - decay)
-        if self.step > 1:  # the first step compiles
+        if self.compiled:
             self.elapsed += time.monotonic() - begun
+        self.compiled = True
         return loss.item(), errors
 
     def save(self, path: Path) -> None:
