@@ -41,6 +41,8 @@ def test_file_is_what_players_take(tmp_path):
         assert stream.frames == 5
         assert float(stream.average_rate) == pytest.approx(30000 / 1001)
         assert stream.codec_context.colorspace == 1
+        times = [float(frame.pts * stream.time_base) for frame in container.decode(stream)]
+        assert times == pytest.approx([index * 1001 / 30000 for index in range(5)], abs=1e-4)
     data = path.read_bytes()
     assert data.index(b"moov") < data.index(b"mdat")
 

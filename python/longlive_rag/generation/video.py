@@ -294,8 +294,11 @@ def _move_index_to_front(partial: Path, path: Path) -> None:
         layout = {"movflags": "faststart"}
         with av.open(str(partial)) as source, av.open(str(beside), "w", format="mp4", options=layout) as target:
             stream = target.add_stream_from_template(source.streams.video[0])
+            # Fragments have no edit list, so frames that are coded out of order begin late.
+            delay = source.streams.video[0].start_time or 0
             for packet in source.demux(source.streams.video[0]):
-                if packet.dts is not None:
+                if packet.dts is not None and packet.pts is not None:
+                    packet.pts, packet.dts = packet.pts - delay, packet.dts - delay
                     packet.stream = stream
                     target.mux(packet)
     partial.unlink()
