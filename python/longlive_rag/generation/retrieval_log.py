@@ -78,7 +78,7 @@ def draw_retrieval(
     lower.plot(blocks, [max(entry["similarity"]) for entry in entries], label="best")
     lower.plot(blocks, [min(entry["similarity"]) for entry in entries], label="last of the retrieved")
     lower.set(xlabel="block being made (s)", ylabel="similarity")
-    lower.legend(loc="lower left", frameon=False, ncols=2)
+    lower.legend(frameon=False, ncols=2)
     for axes in (upper, lower):
         axes.spines[["top", "right"]].set_visible(False)
     with atomic_path(path) as beside:
