@@ -49,11 +49,12 @@ class PromptEncoder:
         from transformers import AutoTokenizer, UMT5EncoderModel
 
         self.tokenizer = AutoTokenizer.from_pretrained(files.tokenizer, local_files_only=True)
-        state = {_umt5_name(name): tensor for name, tensor in read_tensors(files.text_encoder)}
+        # Converted while it is read: the published float32 file alone is twice the model in bfloat16.
+        tensors = read_tensors(files.text_encoder)
+        state = {_umt5_name(name): tensor.to(device, dtype) for name, tensor in tensors}
         config = _config(files.text_encoder, state)
         with torch.device("meta"):
             self.encoder = UMT5EncoderModel(config)
-        state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
         # The table stands under two names, and files hold it under either or both.
         shared = "shared.weight" if "shared.weight" in state else "encoder.embed_tokens.weight"
         if shared in state:
