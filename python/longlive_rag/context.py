@@ -92,6 +92,10 @@ class ContextPlan:
         """Temporal position of each frame of the block."""
         return [f - self.shift for f in range(self.start, self.end)]
 
+    def unseen(self, frames: Tensor) -> Tensor:
+        """Retrieved frames [B, K] less those that the block sees anyway, which become `UNUSED`."""
+        return frames
+
     def memory_positions(self, frames: Tensor) -> Tensor:
         """Temporal positions of retrieved frames, int32 like `frames` [B, K]; negative entries are unused."""
         if self.config.positions == "absolute" or self.config.memory_position == "true":

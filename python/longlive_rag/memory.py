@@ -102,7 +102,8 @@ class RetrievalMemory:
         self.retrieved: list[Retrieval] = []
         """One entry for each block that had memory."""
         self._rotation = rotary.spatial_rotation(rows, columns, head_dim, device)
-        self._frequencies = rotary.temporal_frequencies(head_dim, device)
+        self._wan_frequencies = rotary.temporal_frequencies(head_dim, device)
+        self._frequencies = self._wan_frequencies.clone()
         self._plan: ContextPlan | None = None
         self._chosen: tuple[Tensor, Tensor] | None = None
         self._tables = self._block_tables(ContextPlan(config, 0, config.block_frames))
@@ -199,6 +200,10 @@ class RetrievalMemory:
         assert turned is not None
         return ops.attend(turned, k_pages, v_pages, slots, positions, query_position, self._frequencies)
 
+    def scale_time(self, scale: float) -> None:
+        """Multiply all temporal distances by `scale` from the next pass on (`t_scale` of LongLive 2); at first 1."""
+        torch.mul(self._wan_frequencies, scale, out=self._frequencies)
+
     def commit(self, latents: Tensor) -> Tensor:
         """Finish the current block: embed its clean latents [B, F, C, H, W] and index them.
 
@@ -268,6 +273,7 @@ class RetrievalMemory:
         block_slots.copy_(self.bank.slots(block.expand(self.batch, -1)))
 
     def _write_memory(self, frames: Tensor) -> None:
+        frames = self.plan.unseen(frames)
         if self.bank.device_frames is not None:
             self.bank.fetch([[frame for frame in row if frame >= 0] for row in frames.tolist()])
         _, slots, positions, _ = self._tables

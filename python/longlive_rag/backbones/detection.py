@@ -10,8 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from longlive_rag import rotary
-from longlive_rag.backbones.families import COMMON, FAMILIES, Family
+from longlive_rag.backbones.families import COMMON, CausVid, Family, LongLive, LongLiveRAG, MemFlow
+from longlive_rag.backbones.infinity_rope import InfinityRoPE
+from longlive_rag.backbones.longlive2 import LongLive2
+from longlive_rag.backbones.rolling_forcing import RollingForcing
 
+FAMILIES: tuple[Family, ...] = (
+    Family(),
+    CausVid(),
+    LongLive(),
+    LongLiveRAG(),
+    LongLive2(),
+    MemFlow(),
+    RollingForcing(),
+    InfinityRoPE(),
+)
 PROJECTIONS = ("q", "k", "v", "o", "norm_q", "norm_k")
 SIZES = ("num_heads", "head_dim")
 HOLDERS = ("generator", "transformer", "model")

@@ -1,4 +1,4 @@
-"""What the public causal video models agree on, and where each family differs.
+"""What the public causal video models agree on, and the families that differ little.
 
 All descend from Wan: a transformer whose blocks call ``self_attn(x, seq_lens, grid_sizes, freqs, block_mask, kv_cache,
 ...)`` positionally. A family is told by the names that its attention's ``forward`` takes, never by a class name: the
@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor
 
 from longlive_rag.backbones.sequences import Sequence
-from longlive_rag.context import ContextPlan
 
 COMMON = frozenset({"x", "seq_lens", "grid_sizes", "freqs", "block_mask", "kv_cache", "current_start"})
 """Names that the attention of every family takes."""
@@ -22,7 +21,7 @@ Arguments = Mapping[str, Any]
 """The arguments of one call of the attention, by name."""
 
 
-def _ends(x: Tensor, arguments: Arguments) -> tuple[int, int]:
+def cache_ends(x: Tensor, arguments: Arguments) -> tuple[int, int]:
     """Tokens of the video after this call, and how many of them a cache of that size would hold."""
     end = arguments["current_start"] + x.shape[1]
     keys = arguments["kv_cache"]["k"]
@@ -42,7 +41,7 @@ class Family:
 
     def output(self, x: Tensor, arguments: Arguments) -> Any:
         """What the attention returns, given the tensor [B, L, H * D]. Here, the indices of the cache move at once."""
-        global_end, local_end = _ends(x, arguments)
+        global_end, local_end = cache_ends(x, arguments)
         cache = arguments["kv_cache"]
         for name, end in (("global_end_index", global_end), ("local_end_index", local_end)):
             if isinstance(cache.get(name), Tensor):
@@ -73,7 +72,7 @@ class LongLive(Family):
 
     def output(self, x: Tensor, arguments: Arguments) -> Any:
         # Without an update, the transformer only moves the two indices.
-        return x, (*_ends(x, arguments), None)
+        return x, (*cache_ends(x, arguments), None)
 
 
 class LongLiveRAG(LongLive):
@@ -91,42 +90,4 @@ class MemFlow(LongLive):
 
     def output(self, x: Tensor, arguments: Arguments) -> Any:
         # Its update step needs an update to read; one that is called a recomputation leaves cache and bank alone.
-        return x, (*_ends(x, arguments), {"action": "none", "is_recompute": True})
-
-
-class RollingForcing(Family):
-    """Rolling Forcing: a window of blocks at falling noise levels, and a clean pass over the first of them.
-
-    The window's later blocks are seen by nothing but the window, so only the clean pass can finish a block.
-    """
-
-    name = "Rolling Forcing"
-    extra = frozenset({"cache_start", "updating_cache"})
-
-    def begin(self, sequence: Sequence, start: int, frames: int, latents: Tensor, arguments: Arguments) -> None:
-        plan_type = _CleanPlan if arguments.get("updating_cache") else _RollingPlan
-        sequence.begin(start, frames, latents, plan_type)
-
-
-class _RollingPlan(ContextPlan):
-    """Context of the window of blocks."""
-
-    def keeps(self, frame: int) -> bool:
-        # The clean pass looks further back than the window.
-        oldest = self.start + self.config.block_frames - self.config.context_frames
-        return frame < self.config.sink_frames or frame >= oldest
-
-
-class _CleanPlan(_RollingPlan):
-    """Context of the clean pass: without the sink, and that much longer in the past."""
-
-    @property
-    def local_columns(self) -> int:
-        return self.config.local_frames + self.config.sink_frames
-
-    @property
-    def sink(self) -> range:
-        return range(0)
-
-
-FAMILIES: tuple[Family, ...] = (Family(), CausVid(), LongLive(), LongLiveRAG(), MemFlow(), RollingForcing())
+        return x, (*cache_ends(x, arguments), {"action": "none", "is_recompute": True})

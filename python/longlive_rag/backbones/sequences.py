@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -29,6 +30,8 @@ class Sequence:
         self._memory: RetrievalMemory | None = None
         self._origin = 0
         """Frame of the pipeline that is the memory's frame 0."""
+        self.notes: dict[str, Any] = {}
+        """What the family remembers of the video."""
         self._earlier: list[Retrieval] = []
         self._block: range | None = None
         self._plan_type: PlanType = ContextPlan
@@ -45,6 +48,15 @@ class Sequence:
     def retrieved(self) -> list[Retrieval]:
         """What each block of the video got from memory, in the pipeline's frames."""
         return self._earlier + self._log()
+
+    @property
+    def block(self) -> range | None:
+        """The current block, in the pipeline's frames."""
+        return self._block
+
+    def frame(self, start: int) -> int:
+        """What the memory calls the pipeline's frame `start`, if a pass begins there; 0: a new video."""
+        return 0 if self._block is None else max(0, start - self._origin)
 
     def begin(self, start: int, frames: int, latents: Tensor, plan_type: PlanType = ContextPlan) -> None:
         """A pass over the frames ``start ..`` begins, with the input `latents` [B, F, C, H, W].
@@ -96,6 +108,7 @@ class Sequence:
         self._block, self._plan_type, self._restarted = block, plan_type, False
 
     def _forget(self) -> None:
+        self.notes.clear()
         self._block = self._latents = None
         if self._memory is not None:
             self._memory.reset()
