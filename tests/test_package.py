@@ -7,8 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 import longlive_rag
 from longlive_rag import native
@@ -73,6 +76,64 @@ def test_which_code_runs_on_which_gpu(architecture: str, capability: tuple[int, 
 def test_a_name_that_is_no_architecture_is_refused() -> None:
     with pytest.raises(ValueError, match="'90a'"):
         native.runs_on("90a", (9, 0))
+
+
+def pretend(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    module: SimpleNamespace | None,
+    torch_cuda: str | None = "13.0",
+    gpu: bool = True,
+    capability: tuple[int, int] = (9, 0),
+) -> None:
+    monkeypatch.setattr(native, "_load", lambda: (module, "" if module else "could not be imported: no such file"))
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+
+
+def extension(cuda: str | None = "13.0", driver: int = 13000, architectures: str = "sm_80 sm_90a") -> SimpleNamespace:
+    return SimpleNamespace(cuda_version=cuda, cuda_architectures=architectures, cuda_driver_version=lambda: driver)
+
+
+@pytest.mark.parametrize(
+    ("machine", "built", "reason"),
+    [
+        ({"module": None}, False, "could not be imported: no such file"),
+        ({"module": extension(cuda=None)}, False, "built without CUDA"),
+        ({"module": extension(), "torch_cuda": None}, True, "is built without CUDA"),
+        ({"module": extension(driver=0)}, True, "no NVIDIA driver was found"),
+        ({"module": extension(driver=12080)}, True, "built with CUDA 13.0, but the driver supports only CUDA 12.8"),
+        ({"module": extension(), "gpu": False}, True, "torch finds no usable NVIDIA GPU"),
+        ({"module": extension(), "capability": (7, 5)}, True, "a GPU has compute capability 7.5"),
+        ({"module": extension(cuda="12.4", driver=12020)}, True, None),
+        ({"module": extension(driver=13010), "capability": (8, 9)}, True, None),
+    ],
+)
+def test_the_reason_why_the_kernels_cannot_be_used(
+    machine: dict[str, Any], built: bool, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, **machine)
+    status = native.cuda_status()
+    assert status.built is built
+    assert status.available is (reason is None)
+    assert reason is None or reason in str(status.reason)
+
+
+@pytest.mark.parametrize(
+    ("module", "used"),
+    [(None, False), (extension(cuda=None), False), (extension(driver=12080), False), (extension(), True)],
+)
+def test_kernels_that_the_driver_cannot_load_are_left_to_pytorch(
+    module: SimpleNamespace | None, used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, module=module)
+    native.kernels.cache_clear()
+    try:
+        assert (native.kernels() is not None) is used
+    finally:
+        native.kernels.cache_clear()
 
 
 @pytest.mark.cuda

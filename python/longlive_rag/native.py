@@ -30,9 +30,14 @@ class CudaStatus:
 
 @functools.cache
 def kernels() -> ModuleType | None:
-    """The extension module if CUDA kernels are compiled in, else None. Needs neither a GPU nor a driver."""
+    """The extension module if it has CUDA kernels that this machine's driver, if any, can load; else None.
+
+    Does not initialise CUDA, so that the process may still fork.
+    """
     module, _ = _load()
-    return module if module is not None and module.cuda_version else None
+    if module is None or not module.cuda_version or _driver_is_too_old(module):
+        return None
+    return module
 
 
 def cuda_status() -> CudaStatus:
@@ -73,20 +78,23 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, f"the extension module longlive_rag._C could not be imported: {error}"
 
 
+def _driver_is_too_old(module: ModuleType) -> bool:
+    """Whether the driver is of an older major CUDA version; within one, CUDA is compatible."""
+    driver = module.cuda_driver_version()
+    return 0 < driver < 1000 * int(module.cuda_version.split(".")[0])
+
+
 def _unavailable(module: ModuleType, architectures: tuple[str, ...]) -> str | None:
     if torch.version.cuda is None:
         return f"this torch ({torch.__version__}) is built without CUDA"
     driver = module.cuda_driver_version()
     if driver == 0:
         return "no NVIDIA driver was found"
+    if _driver_is_too_old(module):
+        supported = f"{driver // 1000}.{driver % 1000 // 10}"
+        return f"the kernels are built with CUDA {module.cuda_version}, but the driver supports only CUDA {supported}"
     if not torch.cuda.is_available():
         return "torch finds no usable NVIDIA GPU"
-    built_major = int(module.cuda_version.split(".")[0])
-    if driver // 1000 < built_major:
-        return (
-            f"the kernels are built with CUDA {module.cuda_version}, but the driver supports only CUDA "
-            f"{driver // 1000}.{driver % 1000 // 10}"
-        )
     capability = torch.cuda.get_device_capability()
     if not any(runs_on(architecture, capability) for architecture in architectures):
         return (
