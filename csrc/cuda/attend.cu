@@ -10,7 +10,8 @@ void launch_attend(const AttendArguments& a, cudaStream_t stream) {
   const int query_tiles = (a.length + kAttendRows - 1) / kAttendRows;
   const dim3 grid(static_cast<unsigned>(query_tiles) * a.heads * a.batch);
   launch("attend", attend_kernel<T, kHeadDim, kTile>, grid, kAttendThreads,
-         sizeof(AttendShared<T, kHeadDim, kTile>), stream, a, query_tiles);
+         sizeof(AttendShared<T, kHeadDim, kTile>), stream, a, query_tiles,
+         a.scale * 1.4426950408889634f);  // log2(e): exponentials are powers of two
 }
 
 template <class T, int kHeadDim>

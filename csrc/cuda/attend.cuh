@@ -37,96 +37,124 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
   return row * kHeadDim + (chunk ^ (row % 8)) * 8;
 }
 
+// Where a lane begins in the tiles that ldmatrix reads. A step of 16 columns is two chunks further, which in
+// the swizzled order is an exclusive or with 16 times the step, in elements; 16 more rows do not change row
+// % 8.
+template <int kHeadDim>
+struct FragmentOffset {
+  int offset;
+  // Opaque to the compiler, which would otherwise keep every step's offset in a register of its own.
+  __device__ __forceinline__ FragmentOffset(int row, int chunk)
+      : offset(ptx::opaque(swizzled<kHeadDim>(row, chunk))) {}
+  __device__ __forceinline__ int operator()(int row, int column) const {
+    return (offset ^ column) + row * kHeadDim;
+  }
+};
+
 // Copies `kRows` consecutive rows, of which the first `rows_left` exist; the others become zeros.
 template <class T, int kHeadDim, int kRows, int kThreads>
 __device__ __forceinline__ void load_rows(T* shared, const T* global, int64_t stride, int rows_left,
                                           int thread) {
-  constexpr int kChunks = kHeadDim / 8;
-  static_assert(kRows * kChunks % kThreads == 0, "every thread copies equally many chunks");
+  constexpr int kChunks = kHeadDim / 8, kRowsAtOnce = kThreads / kChunks;
+  static_assert(kThreads % kChunks == 0 && kRows % kRowsAtOnce == 0,
+                "every thread copies equally many chunks");
+  const int first_row = thread / kChunks, chunk = thread % kChunks;
+  global += first_row * stride + chunk * 8;
 #pragma unroll
-  for (int i = 0; i < kRows * kChunks / kThreads; ++i) {
-    const int row = (thread + i * kThreads) / kChunks, chunk = (thread + i * kThreads) % kChunks;
-    ptx::cp_async_16(shared + swizzled<kHeadDim>(row, chunk), global + row * stride + chunk * 8,
-                     row < rows_left);
-  }
+  for (int row = 0; row < kRows; row += kRowsAtOnce)
+    ptx::cp_async_16(shared + swizzled<kHeadDim>(first_row + row, chunk), global + row * stride,
+                     first_row + row < rows_left);
 }
 
 // The tiles of the used pages, in the order of the table. `entry` is past the table's end after the last.
 struct TileCursor {
   int entry = -1, token = 0;
 
-  __device__ __forceinline__ void advance(int tile, const AttendArguments& a, const int32_t* slots) {
+  __device__ __forceinline__ void advance(int tile, const AttendArguments& a, int table) {
     token += tile;
     if (entry >= 0 && token < a.tokens) return;
     token = 0;
     do ++entry;
-    while (entry < a.entries && slots[entry] < 0);
+    while (entry < a.entries && a.slots[table + entry] < 0);
+  }
+};
+
+// What a warp works on. Cheap enough to be computed again at every page, which leaves registers to the
+// accumulators.
+struct AttendWork {
+  int head, sample, first_row;
+
+  __device__ __forceinline__ AttendWork(const AttendArguments& a, int query_tiles) {
+    const int block = ptx::opaque(blockIdx.x), warp = threadIdx.x / kWarpSize;
+    head = block / query_tiles % a.heads;
+    sample = block / query_tiles / a.heads;
+    first_row = block % query_tiles * kAttendRows + warp * kAttendWarpRows;
+  }
+
+  // Offset of a row of the query or the output from the warp's first.
+  __device__ __forceinline__ int64_t offset(const AttendArguments& a, int row, int head_dim) const {
+    return ((int64_t(sample) * a.length + first_row + row) * a.heads + head) * head_dim;
   }
 };
 
 // Writes a warp's query rows to `shared` with their temporal pairs turned by the distance to a page at
 // `position`.
 template <class T, int kHeadDim>
-__device__ __forceinline__ void rotate_query(T* shared, const T* q, int64_t stride, int first_row,
-                                             const int32_t* query_position, int position,
-                                             const AttendArguments& a) {
-  constexpr int kBatch = 8;  // loads under way at a time
+__device__ __forceinline__ void rotate_query(T* shared, const AttendArguments& a, int query_tiles,
+                                             int position) {
+  const AttendWork work(a, query_tiles);
+  const T* q = static_cast<const T*>(a.q) + work.offset(a, 0, kHeadDim);
+  const int first_row = work.first_row, stride = a.heads * kHeadDim;
+  const int32_t* query_position = a.query_position + work.sample * (a.length / a.tokens);
+  constexpr int kBatch = 4;  // loads under way at a time
   const int rows = min(kAttendWarpRows, a.length - first_row);
-  for (int pair = threadIdx.x % kWarpSize; pair < a.pairs; pair += kWarpSize) {
-    int frame = -1;
-    float2 rotation = make_float2(1.0f, 0.0f);
-    for (int batch = 0; batch < rows; batch += kBatch) {
-      uint32_t unrotated[kBatch];
+  for (int pair = threadIdx.x % kWarpSize; pair < a.pairs; pair += kWarpSize)
+    for (int row = 0, end; row < rows; row = end) {  // the rows of one frame
+      const int frame = (first_row + row) / a.tokens;
+      end = min(rows, (frame + 1) * a.tokens - first_row);
+      const double distance = static_cast<double>(query_position[frame]) - position;
+      const float2 rotation = temporal_rotation(distance, a.rotation[pair]);
+#pragma unroll 1
+      for (int first = row; first < end; first += kBatch) {
+        uint32_t unrotated[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i)
-        if (batch + i < rows)
-          unrotated[i] = *reinterpret_cast<const uint32_t*>(q + (batch + i) * stride + 2 * pair);
+        for (int i = 0; i < kBatch; ++i)
+          if (first + i < end)
+            unrotated[i] = *reinterpret_cast<const uint32_t*>(q + (first + i) * stride + 2 * pair);
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int row = batch + i;
-        if (row >= rows) break;
-        if ((first_row + row) / a.tokens != frame) {
-          frame = (first_row + row) / a.tokens;
-          const double distance = static_cast<double>(query_position[frame]) - position;
-          rotation = temporal_rotation(distance, a.rotation[pair]);
-        }
-        const float2 turned = rotate(unpack2<T>(unrotated[i]), rotation);
-        T* target = shared + swizzled<kHeadDim>(row, pair / 4) + pair % 4 * 2;
-        *reinterpret_cast<uint32_t*>(target) = ptx::pack2<T>(turned.x, turned.y);
+        for (int i = 0; i < kBatch; ++i)
+          if (first + i < end) {
+            const float2 turned = rotate(unpack2<T>(unrotated[i]), rotation);
+            T* target = shared + swizzled<kHeadDim>(first + i, pair / 4) + pair % 4 * 2;
+            *reinterpret_cast<uint32_t*>(target) = ptx::pack2<T>(turned.x, turned.y);
+          }
       }
     }
-  }
 }
 
-// Grid: query tiles, then heads, then batch, so that blocks that run together read the same pages.
+// Grid: query tiles, then heads, then batch, so that blocks that run together read the same pages. `scale` is
+// the scores' times log2(e). The accumulators take up to 192 of 255 registers; what can be had again from the
+// block and thread index is therefore not kept over the loop (`ptx::opaque`).
 template <class T, int kHeadDim, int kTile>
 __global__ void __launch_bounds__(kAttendThreads, 2)
-    attend_kernel(const AttendArguments a, const int query_tiles) {
+    attend_kernel(const AttendArguments a, const int query_tiles, const float scale) {
   auto& shared = shared_memory<AttendShared<T, kHeadDim, kTile>>();
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int head = blockIdx.x / query_tiles % a.heads, sample = blockIdx.x / query_tiles / a.heads;
-  const int first_row = blockIdx.x % query_tiles * kAttendRows + warp * kAttendWarpRows;
-  const int32_t* slots = a.slots + int64_t(sample) * a.entries;
-  const int32_t* positions = a.positions + int64_t(sample) * a.entries;
-  const int32_t* query_position = a.query_position + sample * (a.length / a.tokens);
-  const int64_t row_stride = int64_t(a.heads) * kHeadDim;
-  const int64_t first_element = (int64_t(sample) * a.length + first_row) * row_stride + head * kHeadDim;
-  const T* q = static_cast<const T*>(a.q) + first_element;
-  T* q_shared = shared.q + warp * kAttendWarpRows * kHeadDim;
-  const float scale = a.scale * 1.4426950408889634f;  // log2(e): exponentials are powers of two
-
-  const auto load_tile = [&](T* target, const void* pages, const TileCursor& tile) {
+  const AttendWork work(a, query_tiles);
+  const int head = work.head, table = work.sample * a.entries;
+  const auto load_tile = [&](T* target, const void* pages, const TileCursor& tile, int thread) {
     const T* source = static_cast<const T*>(pages) +
-                      page_offset(slots[tile.entry], head, tile.token, a.heads, a.tokens, kHeadDim);
-    load_rows<T, kHeadDim, kTile, kAttendThreads>(target, source, kHeadDim, a.tokens - tile.token,
-                                                  threadIdx.x);
+                      page_offset(a.slots[table + tile.entry], head, tile.token, a.heads, a.tokens, kHeadDim);
+    load_rows<T, kHeadDim, kTile, kAttendThreads>(target, source, kHeadDim, a.tokens - tile.token, thread);
   };
 
   TileCursor tile;
-  tile.advance(kTile, a, slots);
-  load_rows<T, kHeadDim, kAttendWarpRows, kWarpSize>(q_shared, q, row_stride, a.length - first_row, lane);
+  tile.advance(kTile, a, table);
+  load_rows<T, kHeadDim, kAttendWarpRows, kWarpSize>(
+      shared.q + threadIdx.x / kWarpSize * kAttendWarpRows * kHeadDim,
+      static_cast<const T*>(a.q) + work.offset(a, 0, kHeadDim), a.heads * kHeadDim, a.length - work.first_row,
+      threadIdx.x % kWarpSize);
   ptx::cp_async_commit();
-  if (tile.entry < a.entries) load_tile(shared.k, a.k_pages, tile);
+  if (tile.entry < a.entries) load_tile(shared.k, a.k_pages, tile, threadIdx.x);
   ptx::cp_async_commit();
   ptx::cp_async_wait<1>();
   __syncwarp();  // the warp's query rows are there
@@ -134,29 +162,26 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
   float out[2][kHeadDim / 8][4] = {};
   OnlineSoftmax softmax[2][2];
   while (tile.entry < a.entries) {
-    if (tile.token == 0)
-      rotate_query<T, kHeadDim>(q_shared, q, row_stride, first_row, query_position, positions[tile.entry], a);
-    TileCursor next = tile;
-    next.advance(kTile, a, slots);
-
+    const unsigned thread = ptx::opaque(threadIdx.x), lane = thread % kWarpSize;
+    T* q_shared = shared.q + thread / kWarpSize * kAttendWarpRows * kHeadDim;
+    if (tile.token == 0) rotate_query<T, kHeadDim>(q_shared, a, query_tiles, a.positions[table + tile.entry]);
     ptx::cp_async_wait<0>();
     __syncthreads();  // K is there, the query is rotated, and no warp reads the last tile's V any more
-    load_tile(shared.v, a.v_pages, tile);
+    load_tile(shared.v, a.v_pages, tile, thread);
     ptx::cp_async_commit();
 
+    const FragmentOffset<kHeadDim> operand(lane % 16, lane / 16);  // of the query and of V, transposed
+    const FragmentOffset<kHeadDim> key_operand(lane % 8 + lane / 16 * 8, lane / 8 % 2);
     float score[2][kTile / 8][4] = {};
 #pragma unroll
     for (int step = 0; step < kHeadDim / 16; ++step) {
       uint32_t query[2][4];
 #pragma unroll
-      for (int m = 0; m < 2; ++m)
-        ptx::ldmatrix_x4<false>(query[m],
-                                q_shared + swizzled<kHeadDim>(m * 16 + lane % 16, 2 * step + lane / 16));
+      for (int m = 0; m < 2; ++m) ptx::ldmatrix_x4<false>(query[m], q_shared + operand(m * 16, step * 16));
 #pragma unroll
       for (int n = 0; n < kTile / 16; ++n) {
         uint32_t key[4];
-        ptx::ldmatrix_x4<false>(
-            key, shared.k + swizzled<kHeadDim>(n * 16 + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+        ptx::ldmatrix_x4<false>(key, shared.k + key_operand(n * 16, step * 16));
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
           ptx::mma_m16n8k16<T>(score[m][2 * n], query[m], key[0], key[1]);
@@ -167,17 +192,21 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
 
     ptx::cp_async_wait<0>();
     __syncthreads();  // V is there, and no warp reads K any more
-    if (next.entry < a.entries) load_tile(shared.k, a.k_pages, next);
+    TileCursor next = tile;
+    next.advance(kTile, a, table);
+    if (next.entry < a.entries) load_tile(shared.k, a.k_pages, next, thread);
     ptx::cp_async_commit();
 
-    if (tile.token + kTile > a.tokens)
+    if (tile.token + kTile > a.tokens) {
+      const int tokens_left = a.tokens - tile.token - static_cast<int>(lane % 4 * 2);
 #pragma unroll
       for (int m = 0; m < 2; ++m)
 #pragma unroll
         for (int n = 0; n < kTile / 8; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            if (tile.token + n * 8 + lane % 4 * 2 + i % 2 >= a.tokens) score[m][n][i] = -INFINITY;
+            if (n * 8 + i % 2 >= tokens_left) score[m][n][i] = -INFINITY;
+    }
 
 #pragma unroll
     for (int m = 0; m < 2; ++m)
@@ -215,8 +244,7 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
 #pragma unroll
       for (int n = 0; n < kHeadDim / 16; ++n) {
         uint32_t value[4];
-        ptx::ldmatrix_x4<true>(value,
-                               shared.v + swizzled<kHeadDim>(step * 16 + lane % 16, 2 * n + lane / 16));
+        ptx::ldmatrix_x4<true>(value, shared.v + operand(step * 16, n * 16));
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
           ptx::mma_m16n8k16<T>(out[m][2 * n], weight[m], value[0], value[1]);
@@ -228,6 +256,9 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
   }
 
   // Through shared memory, so that rows leave in 16-byte stores; each warp uses its own query rows' place.
+  const AttendWork again(a, query_tiles);
+  const unsigned lane = threadIdx.x % kWarpSize;
+  T* q_shared = shared.q + threadIdx.x / kWarpSize * kAttendWarpRows * kHeadDim;
 #pragma unroll
   for (int m = 0; m < 2; ++m)
 #pragma unroll
@@ -236,22 +267,21 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
       float sum = softmax[m][half].sum;
       sum += __shfl_xor_sync(kFullMask, sum, 1);
       sum += __shfl_xor_sync(kFullMask, sum, 2);
-      const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+      const float factor = sum == 0.0f ? 0.0f : ptx::reciprocal_approximate(sum);
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n)
         *reinterpret_cast<uint32_t*>(q_shared + swizzled<kHeadDim>(row, n) + lane % 4 * 2) =
             ptx::pack2<T>(out[m][n][2 * half] * factor, out[m][n][2 * half + 1] * factor);
-      if (a.lse && lane % 4 == 0 && first_row + row < a.length)
-        a.lse[(int64_t(sample) * a.length + first_row + row) * a.heads + head] =
-            softmax[m][half].log_sum_exp(sum, scale);
+      if (a.lse && lane % 4 == 0 && again.first_row + row < a.length)
+        a.lse[again.offset(a, row, 1)] = softmax[m][half].log_sum_exp(sum, scale);
     }
   __syncwarp();
   constexpr int kChunks = kHeadDim / 8;
 #pragma unroll
   for (int i = 0; i < kAttendWarpRows * kChunks / kWarpSize; ++i) {
     const int row = (lane + i * kWarpSize) / kChunks, chunk = (lane + i * kWarpSize) % kChunks;
-    if (first_row + row < a.length)
-      *reinterpret_cast<Vector<T>*>(static_cast<T*>(a.out) + first_element + row * row_stride + chunk * 8) =
+    if (again.first_row + row < a.length)
+      *reinterpret_cast<Vector<T>*>(static_cast<T*>(a.out) + again.offset(a, row, kHeadDim) + chunk * 8) =
           *reinterpret_cast<const Vector<T>*>(q_shared + swizzled<kHeadDim>(row, chunk));
   }
 }

@@ -6,6 +6,14 @@
 
 namespace longlive::ptx {
 
+// The same number, of which the compiler then knows nothing.
+__device__ __forceinline__ int opaque(int x) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // 2^x to 2 units in the last place; 2^-inf is 0.
 __device__ __forceinline__ float exp2_approximate(float x) {
 #ifdef __CUDA_ARCH__
@@ -14,6 +22,27 @@ __device__ __forceinline__ float exp2_approximate(float x) {
   return y;
 #else
   return std::exp2(x);
+#endif
+}
+
+// log2(x) and 1 / x to a few units in the last place, for normal x: the sums of a softmax are at least 1.
+__device__ __forceinline__ float log2_approximate(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::log2(x);
+#endif
+}
+
+__device__ __forceinline__ float reciprocal_approximate(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / x;
 #endif
 }
 
