@@ -133,10 +133,14 @@ class Train:
     def _compare(self, encoders: dict[str, LatentAutoencoder]) -> None:
         from longlive_rag.demo.backbone import load_codec
         from longlive_rag.demo.policies import POLICIES
-        from longlive_rag.embedding import AveragePool
+        from longlive_rag.embedding import AveragePool, Embedding
         from longlive_rag.evaluation import embeddings
 
-        everything = {"average pool": AveragePool(), "average pool, 4 x 4": AveragePool(grid=4), **encoders}
+        everything: dict[str, Embedding] = {
+            "average pool": AveragePool(),
+            "average pool, 4 x 4": AveragePool(grid=4),
+            **encoders,
+        }
         truth, config = embeddings.world_videos(load_codec()), POLICIES["retrieval"].config
         files = {str(path): embeddings.read_latents_or_video(path) for path in self.also}
         report = {

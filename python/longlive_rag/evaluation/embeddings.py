@@ -159,12 +159,12 @@ def draw_comparison(report: Mapping[str, Any], path: Path) -> None:
     measured = report["small_world"]
     files = {name: {k: v for k, v in results.items() if v} for name, results in report["files"].items()}
     colours = {name: f"C{index % 10}" for index, name in enumerate(measured)}
-    columns = max(2, len(files))
-    figure = Figure(figsize=(6.2 * columns, 9.6 if files else 6.6), layout="constrained")
+    figure = Figure(figsize=(14, 11 if files else 7.5), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(3 if files else 2, columns)
+    rows = figure.add_gridspec(3 if files else 2, 1)
+    top, middle = rows[0].subgridspec(1, len(world.TRACKS)), rows[1].subgridspec(1, len(world.TRACKS))
     for column, track in enumerate(world.TRACKS):
-        axes = figure.add_subplot(grid[0, column])
+        axes = figure.add_subplot(top[column])
         for row, (name, result) in enumerate(measured.items()):
             for offset, metric, alpha in ((-0.18, "precision_at_1", 1.0), (0.18, "best_at_1", 0.45)):
                 value = result["tracks"][track]["queries"]["draft"][metric]
@@ -173,15 +173,15 @@ def draw_comparison(report: Mapping[str, Any], path: Path) -> None:
         axes.set_yticks(range(len(measured)), list(measured))
         axes.invert_yaxis()
         axes.set_xlim(0, 1.02)
-        axes.set_title(f"{track}, a draft asks: same place first (dark); and nearest beat (light)", fontsize=10)
-        axes = figure.add_subplot(grid[1, column])
+        axes.set_title(f"{track}: found by a draft, same place (dark) at the nearest beat (light)", fontsize=10)
+        axes = figure.add_subplot(middle[column])
         for name, result in measured.items():
             _draw_lags(axes, name, result["tracks"][track]["similarity_by_lag"], colours[name])
         axes.set_title(f"{track}: similarity against time lag", fontsize=10)
         if column == 0:
             axes.legend(fontsize=8)
     for column, (file, results) in enumerate(files.items()):
-        axes = figure.add_subplot(grid[2, column])
+        axes = figure.add_subplot(rows[2].subgridspec(1, len(files))[column])
         for name, result in results.items():
             _draw_lags(axes, name, result["similarity_by_lag"], colours[name])
         axes.set_title(f"{Path(file).name}: similarity against time lag", fontsize=10)

@@ -72,7 +72,10 @@ def retrieval_quality(
                 similarity[right].max() - similarity[~right].max(),
             )
         )
-    return RetrievalQuality(*np.mean(rows, axis=0).tolist(), blocks=len(rows)) if rows else None
+    if not rows:
+        return None
+    precision_at_1, precision_at_k, recall_at_k, best_at_1, margin = np.mean(rows, axis=0).tolist()
+    return RetrievalQuality(precision_at_1, precision_at_k, recall_at_k, best_at_1, margin, blocks=len(rows))
 
 
 def similarity_by_lag(embeddings: Tensor, longest: int) -> list[float]:
