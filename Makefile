@@ -47,5 +47,5 @@ $(VENV)/torch: | $(BIN)/python
 
 # Editable: Python files are used where they lie, so only a change of the native code or of the metadata installs again.
 $(VENV)/installed: $(VENV)/torch pyproject.toml $(NATIVE_SOURCES)
-	$(PIP) install --editable ".[dev]"
+	$(PIP) install --editable ".[dev,wan]"
 	@touch $@

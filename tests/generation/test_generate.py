@@ -100,6 +100,16 @@ def test_layouts_and_low_memory_do_not_change_the_video(generate, tmp_path):
     assert (tmp_path / "a" / "0000-a-cat.mp4").read_bytes() == (tmp_path / "b" / "0000-a-cat.mp4").read_bytes()
 
 
+def test_a_device_budget_does_not_change_the_video(generate, tmp_path, capsys):
+    prompt = ["--prompt", "a cat"]
+    assert generate(*prompt, length=LONG, output="a") == 0
+    assert generate(*prompt, "--device-frames", "12", length=LONG, output="b") == 0
+    assert "12 of 33 frames on the device" in capsys.readouterr().out
+    assert (tmp_path / "a" / "0000-a-cat.mp4").read_bytes() == (tmp_path / "b" / "0000-a-cat.mp4").read_bytes()
+    assert generate(*prompt, "--device-frames", "11", output="c") == 2
+    assert "device_frames must be at least context_frames = 12, got 11" in capsys.readouterr().err
+
+
 def test_prompt_file_resumes_and_ranks_share_it(generate, tmp_path, capsys, monkeypatch):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a panda\n\na cat in the rain\na guitar\n")

@@ -89,6 +89,9 @@ class Generate:
     """Of weights and memory; auto: bfloat16 on a GPU, float32 on a CPU."""
     low_memory: bool = False
     """Run the text encoder on the CPU, and keep the VAE there while the transformer works."""
+    device_frames: int | None = None
+    """Latent frames whose keys and values stay on the GPU, at least context_frames; older ones wait in host memory and
+    come back when they are retrieved. Default: as many as fit."""
     overwrite: bool = False
     """Make videos again that are there already."""
 
@@ -104,6 +107,11 @@ class Generate:
         published_lora = BACKBONES[self.backbone].lora
         if published_lora is not None and self.lora is None:
             print(f"Note: without --lora. {self.backbone} is a base and {from_where([published_lora], Path('.'))}")
+        if self.device_frames is not None and self.device_frames < settings.memory.context_frames:
+            raise ValueError(
+                f"device_frames must be at least context_frames = {settings.memory.context_frames}, "
+                f"got {self.device_frames}"
+            )
         ranks = Ranks.from_environment()
         device = self._device(ranks)
         dtype = (
@@ -130,7 +138,8 @@ class Generate:
         pipeline = self._load(checkpoint, files, settings, embeds[0].shape[-1], device, dtype)
         print(
             f"{len(todo)} videos of {pipeline.latent_frames} latent frames on {device}; "
-            f"memory takes {pipeline.memory_bytes / 1e9:.2f} GB."
+            f"keys and values take {pipeline.held_frames * pipeline.frame_bytes / 1e9:.2f} GB, "
+            f"{pipeline.device_frames} of {pipeline.held_frames} frames on the device at a time."
         )
         for job, prompt_embeds in zip(todo, embeds, strict=True):
             more = {"prompt": job.prompt, **facts, "version": longlive_rag.__version__}
@@ -223,7 +232,9 @@ class Generate:
                 )
             embedding = autoencoder
         decoder = StreamingDecoder.from_files(files, device=device, dtype=dtype)
-        return Pipeline(model, decoder, embedding, settings, low_memory=self.low_memory)
+        return Pipeline(
+            model, decoder, embedding, settings, low_memory=self.low_memory, device_frames=self.device_frames
+        )
 
 
 def enumerate_jobs(prompts: list[str], output: Path) -> Iterator[Job]:

@@ -26,6 +26,8 @@ from longlive_rag.models import CausalWanModel
 
 # Rows and columns of pixels per token, at least: the VAE's 8 times the patch of 2.
 _PIXELS_PER_TOKEN = 16
+# Of the GPU memory that is free beside the weights; the rest is for activations, the VAE's above all. Not measured yet.
+_SHARE_FOR_MEMORY = 0.7
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,11 @@ class Pipeline:
         embedding: what memory is searched by.
         settings: of every video.
         low_memory: keep the VAE off the GPU while the transformer works.
+        device_frames: latent frames whose keys and values stay on the device; older ones wait in host memory. Default:
+            as many as fit.
 
     Raises:
-        ValueError: the parts do not fit together, or the memory of a video does not fit on the device.
+        ValueError: the parts do not fit together, or not even the context of a block fits on the device.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class Pipeline:
         settings: VideoSettings,
         *,
         low_memory: bool = False,
+        device_frames: int | None = None,
     ) -> None:
         self.model, self.decoder, self.embedding, self.settings = model, decoder, embedding, settings
         self.low_memory = low_memory
@@ -105,18 +110,22 @@ class Pipeline:
         self.latent_size = (settings.height // factor, settings.width // factor)
         model.token_grid(*self.latent_size)
         self.latent_frames = settings.latent_frames(decoder.temporal_factor)
-        self._check_room()
+        self.device_frames = device_frames or self._frames_that_fit()
         if low_memory:
             decoder.offload()
 
     @property
-    def memory_bytes(self) -> int:
-        """Bytes of keys and values that a whole video leaves in memory."""
-        rows, columns = self.model.token_grid(*self.latent_size)
+    def held_frames(self) -> int:
+        """Latent frames whose keys and values are kept, on the device or in host memory."""
         config = self.settings.memory
-        frames = self.latent_frames if config.memory_frames else config.context_frames + config.block_frames
+        return self.latent_frames if config.memory_frames else config.context_frames + config.block_frames
+
+    @property
+    def frame_bytes(self) -> int:
+        """Bytes of keys and values that one latent frame leaves."""
+        rows, columns = self.model.token_grid(*self.latent_size)
         itemsize = self.model.patch_embedding.weight.element_size()
-        return frames * 2 * self.model.num_layers * rows * columns * self.model.dim * itemsize
+        return 2 * self.model.num_layers * rows * columns * self.model.dim * itemsize
 
     def generate(self, prompt_embeds: Tensor, path: Path, facts: dict[str, Any], *, progress: bool = True) -> None:
         """Make one video, and beside it `<stem>.json`, what was retrieved, and `<stem>.png`, the same as a picture.
@@ -159,6 +168,7 @@ class Pipeline:
                 context_noise=settings.context_noise,
                 renoise=lambda _, shape: draw(shape),
                 capacity=self.latent_frames,
+                device_frames=self.device_frames if self.device_frames < self.held_frames else None,
             )
             bar = tqdm(finished_blocks, desc=path.stem[:40], total=blocks, unit="block", disable=not progress)
             for block in bar:
@@ -192,12 +202,15 @@ class Pipeline:
         self.decoder.offload()
         return pictures
 
-    def _check_room(self) -> None:
+    def _frames_that_fit(self) -> int:
         if self.device.type != "cuda":
-            return
+            return self.held_frames
         free, _ = torch.cuda.mem_get_info(self.device)
-        if self.memory_bytes > free:
+        fitting = int(free * _SHARE_FOR_MEMORY) // self.frame_bytes
+        if fitting < self.settings.memory.context_frames:
             raise ValueError(
-                f"seconds = {self.settings.seconds:g} leaves {self.memory_bytes / 1e9:.1f} GB of keys and values in "
-                f"memory, but {self.device} has {free / 1e9:.1f} GB free; choose fewer seconds, or memory_frames = 0"
+                f"context_frames = {self.settings.memory.context_frames} takes {self.frame_bytes / 1e9:.2f} GB of keys "
+                f"and values for each frame, but {self.device} has {free / 1e9:.1f} GB free, of which "
+                f"{_SHARE_FOR_MEMORY:.0%} are for them; choose a smaller context or picture"
             )
+        return min(fitting, self.held_frames)
