@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -209,10 +210,10 @@ def measure_all(
     """
     walk = world.walk(track, frames)
     jobs = [Job(policy, given) for policy in policies for given in (True, False)]
-    workers = workers or max(1, min(len(os.sched_getaffinity(0)), MOST_WORKERS))
+    workers = workers or min(_cores(), MOST_WORKERS)
     context = multiprocessing.get_context("spawn")
-    counter = context.Value("l", 0)
-    executor = ProcessPoolExecutor(workers, context, _start_worker, (counter,))
+    counter, stop = context.Value("l", 0), context.Event()
+    executor = ProcessPoolExecutor(workers, context, _start_worker, (counter, stop))
     told = 0
     try:
         futures = {executor.submit(_work, job, walk, seed, videos): job for job in jobs}
@@ -224,23 +225,34 @@ def measure_all(
             told = now
         return {job: future.result() for future, job in futures.items()}
     finally:
-        executor.shutdown(wait=False, cancel_futures=True)
+        stop.set()
+        executor.shutdown(cancel_futures=True)
 
 
-def _start_worker(counter: Any) -> None:
-    global _counter, _models
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _start_worker(counter: Any, stop: Any) -> None:
+    global _shared, _models
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's, which sets `stop`
     torch.set_num_threads(1)
-    _counter, _models = counter, (load_backbone(), load_codec())
+    _shared, _models = (counter, stop), (load_backbone(), load_codec())
 
 
 def _work(job: Job, walk: world.Walk, seed: int, videos: int) -> tuple[Score, Videos]:
+    counter, stop = _shared
+
     def tick(frames: int) -> None:
-        with _counter.get_lock():
-            _counter.value += frames
+        if stop.is_set():
+            raise InterruptedError("the demo was stopped")
+        with counter.get_lock():
+            counter.value += frames
 
     model, codec = _models
     return measure(model, codec, POLICIES[job.policy], walk, seed=seed, videos=videos, given=job.given, tick=tick)
 
 
-_counter: Any = None
+_shared: Any = None
 _models: Any = None

@@ -87,9 +87,9 @@ class Trainer:
         return loss.item(), errors
 
     def save(self, path: Path) -> None:
-        """The average at `path`, all that resuming needs beside it."""
+        """The average at `path` in half precision, all that resuming needs beside it."""
         with atomic_path(path) as partial:
-            save_file({name: value.contiguous() for name, value in self.average.items()}, partial)
+            save_file({name: value.half().contiguous() for name, value in self.average.items()}, partial)
         state = {
             "model": self.model.state_dict(),
             "average": self.average,
