@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -144,6 +144,7 @@ class Train:
         truth, config = embeddings.world_videos(load_codec()), POLICIES["retrieval"].config
         files = {str(path): embeddings.read_latents_or_video(path) for path in self.also}
         report = {
+            "policy": asdict(config),
             "small_world": {
                 name: embeddings.measure_on_world(embedding, truth, config)
                 for name, embedding in everything.items()

@@ -177,11 +177,10 @@ def draw_comparison(report: Mapping[str, Any], path: Path) -> None:
         axes = figure.add_subplot(middle[column])
         for name, result in measured.items():
             _draw_lags(axes, name, result["tracks"][track]["similarity_by_lag"], colours[name])
-        axes.set_title(f"{track}: similarity against time lag", fontsize=10)
-        if column == 0:
-            axes.legend(fontsize=8)
+        axes.set_title(f"{track}: similarity against time lag (colours as above)", fontsize=10)
+    bottom = rows[2].subgridspec(1, len(files)) if files else None
     for column, (file, results) in enumerate(files.items()):
-        axes = figure.add_subplot(rows[2].subgridspec(1, len(files))[column])
+        axes = figure.add_subplot(bottom[column])
         for name, result in results.items():
             _draw_lags(axes, name, result["similarity_by_lag"], colours[name])
         axes.set_title(f"{Path(file).name}: similarity against time lag", fontsize=10)

@@ -34,7 +34,7 @@ def draw_training(path: Path, metrics: Path, before: np.ndarray, after: np.ndarr
     epochs = [line["epoch"] + 1 for line in lines]
     figure = Figure(figsize=(13, 5.6), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(1, 2, width_ratios=(1.1, 1))
+    grid = figure.add_gridspec(1, 2, width_ratios=(1, 1))
     left = grid[0, 0].subgridspec(2, 2)
     for place, (term, name) in zip((left[0, 0], left[0, 1], left[1, 0], left[1, 1]), _NAMES.items(), strict=True):
         axes = figure.add_subplot(place)
