@@ -85,10 +85,9 @@ LONGLIVE_HOST_DEVICE Piece piece_at(const Schedule& s, int block, int index) {
   return {s.cut + block + index * s.blocks, 0, 1, 1, 0, 1, 0};
 }
 
-// The first of `steps` steps at or after a cut at `numerator` / `of`.
-LONGLIVE_HOST_DEVICE int step_at(int numerator, int of, int steps) {
-  return static_cast<int>(static_cast<int64_t>(numerator) * steps / of);
-}
+// The first of `steps` steps at or after a cut at `numerator` / `of`. `of` is at most the number of
+// multiprocessors, so 32 bits do for ten million steps.
+LONGLIVE_HOST_DEVICE int step_at(int numerator, int of, int steps) { return numerator * steps / of; }
 
 // Tokens in a key tile: wgmma takes multiples of 16, and a tile does not go past the end of its page.
 constexpr int kKeyTiles[] = {176, 144, 128, 112};

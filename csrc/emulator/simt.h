@@ -86,6 +86,8 @@ struct Block {
   std::function<void()> kernel;
   ucontext_t scheduler;
   std::exception_ptr error;
+  std::shared_ptr<void> extension;  // state of a model in another header
+  std::function<void()> at_end;     // its check when all threads have finished
 };
 inline Block* block = nullptr;
 
@@ -193,6 +195,7 @@ inline void run_block(bool reverse) {
     if (!block->threads[i].finished)
       throw std::logic_error("deadlock: thread " + std::to_string(i) + " waits in " +
                              block->threads[i].operation);
+  if (block->at_end) block->at_end();
 }
 
 }  // namespace detail

@@ -1,0 +1,109 @@
+#include "cuda/attend_sm90.cuh"
+
+#include "cuda/device.h"
+#include "cuda/tensor_map.cuh"
+
+namespace longlive {
+namespace {
+
+constexpr int kConsumers = 2;
+constexpr int kQueryRows = kConsumers * kConsumerRows;
+
+int key_tile_of(const AttendArguments& a, const AttendSm90Options& options) {
+  return options.key_tile ? options.key_tile : choose_key_tile(a.tokens);
+}
+
+Schedule schedule_of(const AttendArguments& a, int key_tile) {
+  const int64_t tiles = int64_t(a.batch) * a.heads * ((a.length + kQueryRows - 1) / kQueryRows);
+  const int64_t steps = int64_t(a.entries) * ((a.tokens + key_tile - 1) / key_tile);
+  return make_schedule(tiles, steps, multiprocessors());
+}
+
+size_t partial_bytes(const AttendArguments& a, const Schedule& schedule) {
+  return sizeof(float) * partial_count(schedule) * kConsumers * (a.head_dim / 2 + 4) * kWarpgroup;
+}
+size_t arrived_bytes(const Schedule& schedule) { return sizeof(uint32_t) * schedule.cut * kConsumers; }
+
+void set_zero(void* memory, size_t bytes, cudaStream_t stream) {
+#ifdef __CUDACC__
+  check(cudaMemsetAsync(memory, 0, bytes, stream), "attend");
+#else
+  static_cast<void>(stream);
+  std::memset(memory, 0, bytes);
+#endif
+}
+
+template <class T, int kHeadDim, int kKeyTile>
+void launch_attend(const AttendArguments& a, int page_slots, void* workspace, cudaStream_t stream) {
+  using Shared = AttendSm90Shared<T, kHeadDim, kKeyTile, kConsumers>;
+  AttendSm90Parameters p{};
+  p.a = a;
+  const int64_t row = int64_t(a.heads) * kHeadDim;
+  p.q = tensor_map(
+      {a.q, DType(a.dtype), kHeadDim, a.length, a.heads, a.batch, row, kHeadDim, a.length * row, kQueryRows});
+  const HeadRows pages{a.k_pages,      DType(a.dtype), kHeadDim, a.tokens,
+                       a.heads,        page_slots,     kHeadDim, int64_t(a.tokens) * kHeadDim,
+                       a.tokens * row, kKeyTile};
+  p.k = tensor_map(pages);
+  HeadRows values = pages;
+  values.data = a.v_pages;
+  p.v = tensor_map(values);
+  p.schedule = schedule_of(a, kKeyTile);
+  p.query_tiles = (a.length + kQueryRows - 1) / kQueryRows;
+  p.frames = a.length / a.tokens;
+  p.partials = static_cast<float*>(workspace);
+  p.arrived = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + partial_bytes(a, p.schedule));
+  if (p.schedule.cut) set_zero(p.arrived, arrived_bytes(p.schedule), stream);
+  launch("attend", attend_sm90_kernel<T, kHeadDim, kKeyTile, kConsumers>, dim3(p.schedule.blocks),
+         (kConsumers + 1) * kWarpgroup, sizeof(Shared), stream, p);
+}
+
+template <class T, int kHeadDim>
+void choose_tile(const AttendArguments& a, const AttendSm90Options& options, void* workspace,
+                 cudaStream_t stream) {
+  switch (key_tile_of(a, options)) {
+    case 112:
+      return launch_attend<T, kHeadDim, 112>(a, options.page_slots, workspace, stream);
+    case 128:
+      return launch_attend<T, kHeadDim, 128>(a, options.page_slots, workspace, stream);
+    case 144:
+      return launch_attend<T, kHeadDim, 144>(a, options.page_slots, workspace, stream);
+    case 176:
+      return launch_attend<T, kHeadDim, 176>(a, options.page_slots, workspace, stream);
+    default:
+      throw std::invalid_argument("attend: key_tile must be 112, 128, 144 or 176, got " +
+                                  std::to_string(options.key_tile));
+  }
+}
+
+template <class T>
+void choose_head_dim(const AttendArguments& a, const AttendSm90Options& options, void* workspace,
+                     cudaStream_t stream) {
+  if (a.head_dim == 128)
+    choose_tile<T, 128>(a, options, workspace, stream);
+  else
+    choose_tile<T, 64>(a, options, workspace, stream);
+}
+
+}  // namespace
+
+bool attend_sm90_supports(const AttendArguments& a) {
+  const int steps = a.head_dim == 128 ? kRotatedSteps<128> : kRotatedSteps<64>;
+  return DType(a.dtype) != DType::kFloat32 && (a.head_dim == 64 || a.head_dim == 128) &&
+         a.pairs <= 8 * steps && a.tokens >= kMinTokens && a.entries > 0;
+}
+
+size_t attend_sm90_workspace(const AttendArguments& a, const AttendSm90Options& options) {
+  const Schedule schedule = schedule_of(a, key_tile_of(a, options));
+  return partial_bytes(a, schedule) + arrived_bytes(schedule);
+}
+
+void attend_sm90(const AttendArguments& a, const AttendSm90Options& options, void* workspace, void* stream) {
+  if (a.batch * a.length == 0) return;
+  if (DType(a.dtype) == DType::kFloat16)
+    choose_head_dim<__half>(a, options, workspace, static_cast<cudaStream_t>(stream));
+  else
+    choose_head_dim<__nv_bfloat16>(a, options, workspace, static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace longlive

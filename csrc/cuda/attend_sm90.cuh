@@ -1,0 +1,548 @@
+// attend for Hopper: a persistent grid, one block to a multiprocessor, each computing pieces of query tiles
+// (see core/schedule.h) with specialised warps. docs/attend_hopper.md has the design and its budget.
+//
+// - One thread plans: it tells the others which piece comes next.
+// - One thread loads: whole K and V tiles of a page by TMA, in the layout that wgmma reads, zeros past the
+// page.
+// - One warp turns time into rotations: cosines and sines of the distance between the query's frames and a
+// page.
+// - Two or three warpgroups consume: 64 query rows each, scores and output in registers. The pairs of the
+// query
+//   that turn with time are kept in registers as the operand of the first product, rotated anew from the
+//   unrotated query in shared memory at each page; the other pairs go from shared memory.
+//
+// With two consumers, each computes the softmax of one tile while its product for the next and the other
+// consumer's products are under way; they take turns at issuing them.
+#pragma once
+#include "core/rotation.cuh"
+#include "core/schedule.h"
+#include "core/softmax.cuh"
+#include "cuda/attend_sm90.h"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/warpgroup.cuh"
+#include "cuda/ptx/wgmma.cuh"
+
+namespace longlive {
+
+constexpr int kWarpgroup = 128;
+constexpr int kConsumerRows = 64;  // wgmma's M
+constexpr int kMaxFrames = 4;      // that the rows of a query tile may belong to, from kMinTokens up
+constexpr int kMinTokens = 64;     // of a page
+constexpr int kSharedBytes = 227 * 1024;
+
+// The first pairs of a head that may turn with time, in steps of the first product: 22 of 64 pairs in Wan,
+// and 12 of 32. The registers they take, four a step, are what limits them.
+template <int kHeadDim>
+constexpr int kRotatedSteps = kHeadDim == 128 ? 3 : 2;
+
+// Registers of a thread: the producers need few, and what they give up the consumers get. The sums are those
+// that
+// __launch_bounds__ lets the block start with, 504 and 512 for the three or four warpgroups.
+template <int kConsumers>
+constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
+template <int kConsumers>
+constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
+
+// What a piece is about. A step is one key tile; the steps run through the used pages in the order of the
+// table.
+struct PlannedPiece {
+  Piece piece;
+  int sample, head, first_row, first_frame;
+  int entry, tile;   // of the table, and of its page: where the steps begin
+  int steps, pages;  // how many, and how many pages they touch
+};
+
+template <class T, int kHeadDim, int kKeyTile, int kConsumers>
+struct AttendSm90Shared {
+  static constexpr int kRows = kConsumers * kConsumerRows;
+  static constexpr int kHalves = kHeadDim / 64;  // 64 elements are the 128 bytes that the swizzle spans
+  static constexpr int kTileBytes = kHalves * kKeyTile * 64 * sizeof(T);
+  static constexpr int kQueryBytes = kHalves * kRows * 64 * sizeof(T);
+  static constexpr int kFit = (kSharedBytes - 2560 - kQueryBytes) / (2 * kTileBytes);
+  // More than four would not help: the matrix products of one tile take longer than its load.
+  static constexpr int kStages = kFit < 4 ? kFit : 4;
+  static_assert(kStages >= 2, "a tile must load while another is used");
+
+  alignas(1024) T q[kHalves][kRows][64];  // spatially rotated only
+  alignas(1024) T k[kStages][kHalves][kKeyTile][64];
+  alignas(1024) T v[kStages][kHalves][kKeyTile][64];
+  float2 rotation[2][kMaxFrames][kRotatedSteps<kHeadDim> * 8];
+  uint64_t query_full, query_empty;
+  uint64_t key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
+  uint64_t rotation_full[2], rotation_empty[2];
+  PlannedPiece plan[2];
+  uint64_t plan_full[2], plan_empty[2];
+  int pieces;  // of this block
+  float unused;
+  uint32_t arrived[kConsumers];  // parts of the tile that were done before this one
+};
+
+struct AttendSm90Parameters {
+  ptx::TensorMap q, k, v;  // dimensions: 64 elements, rows or tokens, halves, heads, samples or slots
+  AttendArguments a;
+  Schedule schedule;
+  int query_tiles;    // of one head of one sample
+  int frames;         // of queries
+  float* partials;    // [partial][consumer][head_dim / 2 + 4][thread]
+  uint32_t* arrived;  // [cut tile][consumer]: parts that are done
+};
+
+// A place in a ring of buffers, and the parity of its barriers there.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage < kStages) return;
+    stage = 0;
+    parity ^= 1;
+  }
+};
+
+// The same for the `count`th use of a ring of two, where registers are scarce.
+__device__ __forceinline__ Ring<2> ring_of_two(int count) {
+  return {count & 1, static_cast<uint32_t>(count >> 1 & 1)};
+}
+
+// The next used entry of a sample's table after `entry`, or the first for -1. There is one wherever a step is
+// left.
+__device__ __forceinline__ int next_entry(const AttendSm90Parameters& p, int sample, int entry) {
+  do ++entry;
+  while (p.a.slots[sample * p.a.entries + entry] < 0);
+  return entry;
+}
+
+// One thread: works out the pieces of this block.
+template <class Shared>
+__device__ __forceinline__ void plan_pieces(const AttendSm90Parameters& p, Shared& shared,
+                                            int steps_per_page) {
+#pragma unroll 1
+  for (int index = 0; index < shared.pieces; ++index) {
+    const auto ring = ring_of_two(index);
+    ptx::mbarrier_wait(&shared.plan_empty[ring.stage], ring.parity ^ 1);
+    PlannedPiece& plan = shared.plan[ring.stage];
+    plan.piece = piece_at(p.schedule, blockIdx.x, index);
+    const int heads = plan.piece.tile / p.query_tiles;
+    plan.sample = heads / p.a.heads;
+    plan.head = heads % p.a.heads;
+    plan.first_row = plan.piece.tile % p.query_tiles * Shared::kRows;
+    plan.first_frame = plan.first_row / p.a.tokens;
+    int used = 0;
+#pragma unroll 1
+    for (int entry = 0; entry < p.a.entries; ++entry)
+      used += p.a.slots[plan.sample * p.a.entries + entry] >= 0;
+    const int begin = step_at(plan.piece.begin, plan.piece.of, used * steps_per_page);
+    const int end = step_at(plan.piece.end, plan.piece.of, used * steps_per_page);
+    const int first_page = begin / steps_per_page;
+    plan.steps = end - begin;
+    plan.tile = begin - first_page * steps_per_page;
+    plan.pages = begin < end ? (end - 1) / steps_per_page - first_page + 1 : 0;
+    int entry = -1;
+    if (begin < end)
+#pragma unroll 1
+      for (int page = 0; page <= first_page; ++page) entry = next_entry(p, plan.sample, entry);
+    plan.entry = entry;
+    ptx::mbarrier_arrive(&shared.plan_full[ring.stage]);
+  }
+}
+
+// The plan for the block's `index`th piece, for those who carry it out.
+template <class Shared>
+__device__ __forceinline__ const PlannedPiece& wait_for_plan(Shared& shared, int index) {
+  const auto ring = ring_of_two(index);
+  ptx::mbarrier_wait(&shared.plan_full[ring.stage], ring.parity);
+  return shared.plan[ring.stage];
+}
+template <class Shared>
+__device__ __forceinline__ void release_plan(Shared& shared, int index) {
+  ptx::mbarrier_arrive(&shared.plan_empty[ring_of_two(index).stage]);
+}
+
+// One thread: brings the query and the key and value tiles of each piece.
+template <class Shared, int kKeyTile>
+__device__ __forceinline__ void load_pieces(const AttendSm90Parameters& p, Shared& shared,
+                                            int steps_per_page) {
+  ptx::prefetch_tensor_map(&p.q);
+  ptx::prefetch_tensor_map(&p.k);
+  ptx::prefetch_tensor_map(&p.v);
+  Ring<Shared::kStages> ring;
+  int queries = 0;
+#pragma unroll 1
+  for (int index = 0; index < shared.pieces; ++index) {
+    const PlannedPiece& plan = wait_for_plan(shared, index);
+    const int sample = plan.sample, head = plan.head, first_row = plan.first_row;
+    int steps = plan.steps, tile = plan.tile, entry = plan.entry;
+    release_plan(shared, index);
+    bool is_first = true;
+#pragma unroll 1
+    for (; steps > 0; --steps) {
+      const int slot = p.a.slots[sample * p.a.entries + entry];
+      ptx::mbarrier_wait(&shared.key_empty[ring.stage], ring.parity ^ 1);
+      ptx::mbarrier_arrive_expect(&shared.key_full[ring.stage], Shared::kTileBytes);
+      ptx::tma_load(shared.k[ring.stage], &p.k, &shared.key_full[ring.stage], 0, tile * kKeyTile, 0, head,
+                    slot);
+      if (is_first) {  // after the first keys: they need not wait for the last piece to end
+        ptx::mbarrier_wait(&shared.query_empty, (queries++ & 1) ^ 1);
+        ptx::mbarrier_arrive_expect(&shared.query_full, Shared::kQueryBytes);
+        ptx::tma_load(shared.q, &p.q, &shared.query_full, 0, first_row, 0, head, sample);
+        is_first = false;
+      }
+      ptx::mbarrier_wait(&shared.value_empty[ring.stage], ring.parity ^ 1);
+      ptx::mbarrier_arrive_expect(&shared.value_full[ring.stage], Shared::kTileBytes);
+      ptx::tma_load(shared.v[ring.stage], &p.v, &shared.value_full[ring.stage], 0, tile * kKeyTile, 0, head,
+                    slot);
+      ring.advance();
+      if (++tile == steps_per_page && steps > 1) {
+        tile = 0;
+        entry = next_entry(p, sample, entry);
+      }
+    }
+  }
+}
+
+// One warp: the rotations of each page of each piece, for the frames that the query tile's rows are of. A
+// lane has a pair; those that do not turn have the frequency zero.
+template <class Shared, int kHeadDim>
+__device__ __forceinline__ void rotate_pieces(const AttendSm90Parameters& p, Shared& shared) {
+  constexpr int kPairs = kRotatedSteps<kHeadDim> * 8;
+  static_assert(kPairs <= kWarpSize, "a lane for each pair");
+  const int pair = threadIdx.x % kWarpSize;
+  const double frequency = pair < p.a.pairs ? p.a.rotation[pair] : 0.0;
+  int count = 0;
+#pragma unroll 1
+  for (int index = 0; index < shared.pieces; ++index) {
+    const PlannedPiece& plan = wait_for_plan(shared, index);
+    const int sample = plan.sample, first_frame = plan.first_frame;
+    int entry = plan.entry, pages = plan.pages;
+    release_plan(shared, index);
+#pragma unroll 1
+    for (; pages > 0; --pages, ++count) {
+      const auto ring = ring_of_two(count);
+      ptx::mbarrier_wait(&shared.rotation_empty[ring.stage], ring.parity ^ 1);
+      const int position = p.a.positions[sample * p.a.entries + entry];
+#pragma unroll 1
+      for (int i = 0; i < kMaxFrames; ++i) {
+        const int frame = min(first_frame + i, p.frames - 1);
+        const double distance = static_cast<double>(p.a.query_position[sample * p.frames + frame]) - position;
+        if (pair < kPairs) shared.rotation[ring.stage][i][pair] = temporal_rotation(distance, frequency);
+      }
+      ptx::mbarrier_arrive(&shared.rotation_full[ring.stage]);
+      if (pages > 1) entry = next_entry(p, sample, entry);
+    }
+  }
+}
+
+// A warpgroup: attention of its 64 rows of each piece.
+template <class T, int kHeadDim, int kKeyTile, int kConsumers>
+struct Consumer {
+  using Shared = AttendSm90Shared<T, kHeadDim, kKeyTile, kConsumers>;
+  using Scores = ptx::Wgmma<T, kKeyTile>;
+  using Output = ptx::Wgmma<T, kHeadDim>;
+  static constexpr int kSteps = kRotatedSteps<kHeadDim>;
+  static constexpr int kPattern = 8 * 128;  // bytes of the swizzle's pattern of eight rows
+  // Two consumers have registers for a tile's scores beside the weights of the one before; three have not.
+  static constexpr bool kOverlap = kConsumers == 2;
+
+  const AttendSm90Parameters& p;
+  Shared& shared;
+  const int steps_per_page, consumer, lane, row;  // row: this thread's first of two, the other is 8 below
+  const float scale;                              // of the scores, in powers of two
+  Ring<Shared::kStages> ring;
+  int queries = 0, rotations = 0;  // used so far
+
+  typename Scores::Fragment score;
+  typename Output::Fragment out;
+  uint32_t weight[kKeyTile / 16][4];  // softmax weights, the operand of the second product
+  uint32_t query[kSteps][4];          // the pairs that turn with time, rotated for the page
+  OnlineSoftmax softmax[2];
+  float correction[2];
+
+  __device__ __forceinline__ Consumer(const AttendSm90Parameters& p, Shared& shared, int steps_per_page,
+                                      int consumer)
+      : p(p),
+        shared(shared),
+        steps_per_page(steps_per_page),
+        consumer(consumer),
+        lane(threadIdx.x % kWarpSize),
+        row(consumer * kConsumerRows + threadIdx.x % kWarpgroup / kWarpSize * 16 + lane / 4),
+        scale(p.a.scale * 1.4426950408889634f) {}  // log2(e): exponentials are powers of two
+
+  // One arrival a warp: a warpgroup's wait for its products tells each warp about its own rows only.
+  __device__ __forceinline__ void release(uint64_t* barrier) {
+    if (lane == 0) ptx::mbarrier_arrive(barrier);
+  }
+
+  // Before the first tile of a page: turns the query to it.
+  __device__ __forceinline__ void rotate_query(const PlannedPiece& plan) {
+    const auto rotation_ring = ring_of_two(rotations++);
+    ptx::mbarrier_wait(&shared.rotation_full[rotation_ring.stage], rotation_ring.parity);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = row + half * 8;
+      // Rows past the last frame hold zeros; any frame will do for them.
+      const int frame = min((plan.first_row + r) / p.a.tokens - plan.first_frame, kMaxFrames - 1);
+      const float2* rotation = shared.rotation[rotation_ring.stage][frame];
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {  // the low and the high eight columns of the step
+          const int chunk = step * 2 + i;
+          uint32_t unrotated;
+          memcpy(&unrotated, &shared.q[0][r][(chunk ^ r % 8) * 8 + lane % 4 * 2], sizeof unrotated);
+          const float2 turned = rotate(unpack2<T>(unrotated), rotation[chunk * 4 + lane % 4]);
+          query[step][i * 2 + half] = ptx::pack2<T>(turned.x, turned.y);
+        }
+    }
+    ptx::mbarrier_arrive(&shared.rotation_empty[rotation_ring.stage]);
+  }
+
+  // score = query * keys of this stage; issued, not waited for.
+  __device__ __forceinline__ void multiply_keys(int stage) {
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kHeadDim / 16; ++step) {
+      const int half = step / 4, column = step % 4 * 16;
+      const uint64_t keys = ptx::matrix_descriptor(&shared.k[stage][half][0][column], kPattern, 0);
+      if (step < kSteps)
+        Scores::template multiply<ptx::Columns::kAlongRows>(score, query[step], keys, step > 0);
+      else
+        Scores::multiply(
+            score, ptx::matrix_descriptor(&shared.q[half][consumer * kConsumerRows][column], kPattern, 0),
+            keys, true);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // out += weight * values of this stage; issued, not waited for.
+  __device__ __forceinline__ void multiply_values(int stage) {
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kKeyTile / 16; ++step)
+      Output::template multiply<ptx::Columns::kAcrossRows>(
+          out, weight[step],
+          ptx::matrix_descriptor(&shared.v[stage][0][step * 16][0], kPattern, kKeyTile * 128), true);
+    ptx::wgmma_commit();
+  }
+
+  // Turns scores into weights, which stay in `score`. Of the last tile of a page only `valid` columns count.
+  __device__ __forceinline__ void exponentiate(int valid) {
+    if (valid < kKeyTile)
+#pragma unroll
+      for (int i = 0; i < kKeyTile / 2; ++i)
+        if (i / 4 * 8 + lane % 4 * 2 + i % 2 >= valid) score[i] = -INFINITY;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float maximum = -INFINITY;
+#pragma unroll
+      for (int i = 2 * half; i < kKeyTile / 2; i += 4)
+        maximum = fmaxf(maximum, fmaxf(score[i], score[i + 1]));
+      maximum = fmaxf(maximum, __shfl_xor_sync(kFullMask, maximum, 1));
+      maximum = fmaxf(maximum, __shfl_xor_sync(kFullMask, maximum, 2));
+      correction[half] = softmax[half].raise(maximum, scale);
+#pragma unroll
+      for (int i = 2 * half; i < kKeyTile / 2; i += 4) {
+        softmax[half].sum += score[i] = softmax[half].weight(score[i], scale);
+        softmax[half].sum += score[i + 1] = softmax[half].weight(score[i + 1], scale);
+      }
+    }
+  }
+
+  // Rounds the weights and scales the output to the new maximum. No product may be under way.
+  __device__ __forceinline__ void pack_and_rescale() {
+#pragma unroll
+    for (int step = 0; step < kKeyTile / 16; ++step)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        weight[step][i] = ptx::pack2<T>(score[step * 8 + i * 2], score[step * 8 + i * 2 + 1]);
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= correction[i / 2 % 2];
+  }
+
+  // Consumers take turns: barrier 1 + i is opened by the other one when consumer i may issue its products.
+  __device__ __forceinline__ void await_turn() { ptx::barrier_sync(1 + consumer, 2 * kWarpgroup); }
+  __device__ __forceinline__ void pass_turn() { ptx::barrier_arrive(1 + (consumer ^ 1), 2 * kWarpgroup); }
+
+  __device__ __forceinline__ void attend_piece(const PlannedPiece& plan) {
+    ptx::mbarrier_wait(&shared.query_full, queries++ & 1);
+    int tile = plan.tile;
+    const int steps = plan.steps;
+    const auto valid = [&] { return min(p.a.tokens - tile * kKeyTile, kKeyTile); };
+    rotate_query(plan);
+    ptx::mbarrier_wait(&shared.key_full[ring.stage], ring.parity);
+    multiply_keys(ring.stage);
+    ptx::wgmma_wait<0>();
+    release(&shared.key_empty[ring.stage]);
+    exponentiate(valid());
+    pack_and_rescale();
+#pragma unroll 1
+    for (int step = 1; step < steps; ++step) {
+      const Ring<Shared::kStages> previous = ring;
+      ring.advance();
+      if (!kOverlap) {
+        ptx::mbarrier_wait(&shared.value_full[previous.stage], previous.parity);
+        multiply_values(previous.stage);
+        ptx::wgmma_wait<0>();
+        release(&shared.value_empty[previous.stage]);
+      }
+      if (++tile == steps_per_page) {
+        tile = 0;
+        rotate_query(plan);
+      }
+      ptx::mbarrier_wait(&shared.key_full[ring.stage], ring.parity);
+      if (kOverlap) await_turn();
+      multiply_keys(ring.stage);
+      if (kOverlap) {
+        ptx::mbarrier_wait(&shared.value_full[previous.stage], previous.parity);
+        multiply_values(previous.stage);
+        pass_turn();
+        ptx::wgmma_wait<1>();  // the scores are there
+      } else {
+        ptx::wgmma_wait<0>();
+      }
+      release(&shared.key_empty[ring.stage]);
+      exponentiate(valid());
+      if (kOverlap) {
+        ptx::finish_first(softmax[0].sum + softmax[1].sum, &shared.unused);
+        ptx::wgmma_wait<0>();
+        release(&shared.value_empty[previous.stage]);
+      }
+      pack_and_rescale();
+    }
+    release(&shared.query_empty);
+    ptx::mbarrier_wait(&shared.value_full[ring.stage], ring.parity);
+    multiply_values(ring.stage);
+    ptx::wgmma_wait<0>();
+    release(&shared.value_empty[ring.stage]);
+    ring.advance();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float& sum = softmax[half].sum;
+      sum += __shfl_xor_sync(kFullMask, sum, 1);
+      sum += __shfl_xor_sync(kFullMask, sum, 2);
+    }
+  }
+
+  // Leaves this part's result in the workspace. True if it is the last part of its tile to be done: then the
+  // parts, merged in the order of their keys, are what this thread holds.
+  __device__ __forceinline__ bool merge_parts(const Piece& piece) {
+    constexpr int kFloats = kHeadDim / 2 + 4;
+    const int thread = threadIdx.x % kWarpgroup;
+    const auto partial = [&](int part) {
+      const int64_t index = static_cast<int64_t>(piece.partial - piece.part + part) * kConsumers + consumer;
+      return p.partials + index * kFloats * kWarpgroup + thread;
+    };
+    float* mine = partial(piece.part);
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) mine[i * kWarpgroup] = out[i];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      mine[(kHeadDim / 2 + half) * kWarpgroup] = softmax[half].maximum;
+      mine[(kHeadDim / 2 + 2 + half) * kWarpgroup] = softmax[half].sum;
+    }
+    __threadfence();
+    ptx::barrier_sync(3 + consumer, kWarpgroup);
+    if (thread == 0) shared.arrived[consumer] = atomicAdd(&p.arrived[piece.tile * kConsumers + consumer], 1u);
+    ptx::barrier_sync(3 + consumer, kWarpgroup);
+    if (shared.arrived[consumer] + 1 < static_cast<uint32_t>(piece.parts)) return false;
+    __threadfence();
+
+    clear();
+    for (int part = 0; part < piece.parts; ++part) {
+      const float* other = partial(part);
+      float keep[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float maximum = other[(kHeadDim / 2 + half) * kWarpgroup];
+        keep[half] = softmax[half].raise(maximum, scale);
+        correction[half] = softmax[half].weight(maximum, scale);
+        softmax[half].sum += correction[half] * other[(kHeadDim / 2 + 2 + half) * kWarpgroup];
+      }
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 2; ++i)
+        out[i] = out[i] * keep[i / 2 % 2] + correction[i / 2 % 2] * other[i * kWarpgroup];
+    }
+    return true;
+  }
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) out[i] = 0.0f;
+    softmax[0] = softmax[1] = {};
+  }
+
+  __device__ __forceinline__ void store(const PlannedPiece& plan) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int query_row = plan.first_row + row + half * 8;
+      if (query_row >= p.a.length) continue;
+      const float sum = softmax[half].sum, factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+      const int64_t index =
+          (static_cast<int64_t>(plan.sample) * p.a.length + query_row) * p.a.heads + plan.head;
+      T* target = static_cast<T*>(p.a.out) + index * kHeadDim + lane % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 8; ++i)
+        *reinterpret_cast<uint32_t*>(target + i * 8) =
+            ptx::pack2<T>(out[i * 4 + half * 2] * factor, out[i * 4 + half * 2 + 1] * factor);
+      if (p.a.lse && lane % 4 == 0) p.a.lse[index] = softmax[half].log_sum_exp(sum, scale);
+    }
+  }
+
+  __device__ __forceinline__ void run(int pieces) {
+    if (kOverlap && consumer == 1) pass_turn();
+#pragma unroll 1
+    for (int index = 0; index < pieces; ++index) {
+      const PlannedPiece& plan = wait_for_plan(shared, index);
+      clear();
+      if (plan.steps > 0) attend_piece(plan);
+      if (plan.piece.parts == 1 || merge_parts(plan.piece)) store(plan);
+      release_plan(shared, index);
+    }
+  }
+};
+
+template <class T, int kHeadDim, int kKeyTile, int kConsumers>
+__global__ void __launch_bounds__((kConsumers + 1) * kWarpgroup, 1)
+    attend_sm90_kernel(const __grid_constant__ AttendSm90Parameters p) {
+  using Shared = AttendSm90Shared<T, kHeadDim, kKeyTile, kConsumers>;
+  auto& shared = shared_memory<Shared>();
+  const int steps_per_page = (p.a.tokens + kKeyTile - 1) / kKeyTile;
+  if (threadIdx.x == 0) {
+    constexpr int kConsumerWarps = kConsumers * kWarpgroup / kWarpSize;
+    ptx::mbarrier_init(&shared.query_full, 1);
+    ptx::mbarrier_init(&shared.query_empty, kConsumerWarps);
+    for (int stage = 0; stage < Shared::kStages; ++stage) {
+      ptx::mbarrier_init(&shared.key_full[stage], 1);
+      ptx::mbarrier_init(&shared.value_full[stage], 1);
+      ptx::mbarrier_init(&shared.key_empty[stage], kConsumerWarps);
+      ptx::mbarrier_init(&shared.value_empty[stage], kConsumerWarps);
+    }
+    for (int stage = 0; stage < 2; ++stage) {
+      ptx::mbarrier_init(&shared.rotation_full[stage], kWarpSize);
+      ptx::mbarrier_init(&shared.rotation_empty[stage], kConsumers * kWarpgroup);
+    }
+    for (int stage = 0; stage < 2; ++stage) {
+      ptx::mbarrier_init(&shared.plan_full[stage], 1);
+      ptx::mbarrier_init(&shared.plan_empty[stage], 1 + kWarpSize + kConsumers * kWarpgroup);
+    }
+    ptx::mbarrier_init_fence();
+    shared.pieces = piece_count(p.schedule, blockIdx.x);
+  }
+  __syncthreads();
+
+  // The same in all lanes, and known to be so by the compiler.
+  const int warp = __shfl_sync(kFullMask, threadIdx.x / kWarpSize, 0);
+  if (warp < kWarpgroup / kWarpSize) {
+    ptx::give_up_registers<kProducerRegisters<kConsumers>>();
+    if (threadIdx.x == 0) load_pieces<Shared, kKeyTile>(p, shared, steps_per_page);
+    if (warp == 1) rotate_pieces<Shared, kHeadDim>(p, shared);
+    if (threadIdx.x == 2 * kWarpSize) plan_pieces(p, shared, steps_per_page);
+  } else {
+    ptx::take_registers<kConsumerRegisters<kConsumers>>();
+    const int consumer = warp / (kWarpgroup / kWarpSize) - 1;
+    Consumer<T, kHeadDim, kKeyTile, kConsumers>(p, shared, steps_per_page, consumer)
+        .run(piece_count(p.schedule, blockIdx.x));
+  }
+}
+
+}  // namespace longlive
