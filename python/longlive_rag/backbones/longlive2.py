@@ -55,7 +55,7 @@ class Shots:
 
 @dataclass(frozen=True)
 class ShotPlan(ContextPlan):
-    """The context in the presence of shots: what is pinned takes the place of local frames once it has left the window."""
+    """The context in the presence of shots: what is pinned displaces local frames once it has left the window."""
 
     shots: Shots
 
