@@ -2,6 +2,7 @@
 // sum of squares and the rotation, so that every byte is read once and written once.
 #pragma once
 #include "core/pages.cuh"
+#include "core/reduce.cuh"
 #include "core/scalar.cuh"
 #include "cuda/insert.h"
 
@@ -15,19 +16,6 @@ constexpr int kInsertThreads = 640;
 struct InsertShared {
   float partial[kInsertMaxThreads / kWarpSize];  // sum of squares of each warp
 };
-
-// The sum over the block, the same in every thread and in every run.
-__device__ __forceinline__ float block_sum(float value, float* partial) {
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2)
-    value += __shfl_xor_sync(kFullMask, value, distance);
-  const int lane = threadIdx.x % kWarpSize, warps = blockDim.x / kWarpSize;
-  if (lane == 0) partial[threadIdx.x / kWarpSize] = value;
-  __syncthreads();
-  value = lane < warps ? partial[lane] : 0.0f;
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2)
-    value += __shfl_xor_sync(kFullMask, value, distance);
-  return value;
-}
 
 template <class T>
 __device__ __forceinline__ float load_weight(const InsertTensor& tensor, int column) {

@@ -28,14 +28,17 @@ import torch
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 CACHE = CSRC.parent / "build" / "emulated"
 FLAGS = [
-    *["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"],
+    *["-std=c++20", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"],
     '-DLONGLIVE_RAG_CUDA_VERSION="emulated"',
     '-DLONGLIVE_RAG_CUDA_ARCHITECTURES="host"',
+    "-DLONGLIVE_RAG_SM90",
 ]
 # The operators of torch.ops.longlive_rag that have a kernel, and the function of longlive_rag.ops that launches it.
 OPERATORS = {
     "insert": ("insert", "_cuda_insert"),
     "insert_with_query": ("insert", "_cuda_insert_with_query"),
+    "retrieve": ("retrieve", "_cuda_retrieve"),
+    "retrieve_into": ("retrieve", "_cuda_retrieve_into"),
     "attend": ("attend", "_cuda_attend"),
     "attend_with_lse": ("attend", "_cuda_attend_with_lse"),
 }
@@ -67,19 +70,24 @@ def build(*edits: Edit) -> ModuleType:
 
 @contextlib.contextmanager
 def backend(module: ModuleType) -> Iterator[list[str]]:
-    """Let `longlive_rag.ops` run on CPU tensors with the emulated kernels. Yields the list of launches so far."""
-    launches: list[str] = []
+    """Let `longlive_rag.ops` run on CPU tensors with the emulated kernels. Yields the list of calls so far."""
+    calls: list[str] = []
 
-    def launch(operation: str, device: torch.device, *arguments: object) -> None:
-        launches.append(operation)
-        getattr(module, operation)(*arguments, 0)
+    def call(function: str, device: torch.device, *arguments: object) -> object:
+        calls.append(function)
+        return getattr(module, function)(*arguments)
 
     library = torch.library.Library("longlive_rag", "IMPL")
     for operator, (name, function) in OPERATORS.items():
         library.impl(operator, getattr(importlib.import_module(f"longlive_rag.ops.{name}"), function), "CPU")
     try:
-        with mock.patch("longlive_rag.ops._cuda.launch", launch):
-            yield launches
+        with (
+            mock.patch("longlive_rag.ops._cuda.call", call),
+            mock.patch("longlive_rag.ops._cuda.stream", lambda device: 0),
+            mock.patch.dict("longlive_rag.ops._cuda._counters"),
+            mock.patch("torch.cuda.is_current_stream_capturing", lambda: False),
+        ):
+            yield calls
     finally:
         library._destroy()
 

@@ -6,6 +6,8 @@ keep it in a variable.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,20 +22,42 @@ def available() -> bool:
     return native.kernels() is not None
 
 
+def call(function: str, device: torch.device, *arguments: object) -> Any:
+    """Call a function of the extension with `device` as CUDA's current device."""
+    kernels = native.kernels()
+    assert kernels is not None
+    if device.index == torch.cuda.current_device():
+        return getattr(kernels, function)(*arguments)
+    with torch.cuda.device(device):
+        return getattr(kernels, function)(*arguments)
+
+
+def stream(device: torch.device) -> int:
+    """Address of torch's current stream of the device."""
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
 def launch(operation: str, device: torch.device, *arguments: object) -> None:
-    """Call the extension's `operation` on torch's current stream of `device`.
+    """Launch the extension's `operation` on torch's current stream of `device`.
 
     Raises:
         RuntimeError: CUDA refused the launch; the message names the operation and CUDA's reason.
     """
-    kernels = native.kernels()
-    assert kernels is not None
-    stream = torch._C._cuda_getCurrentRawStream(device.index)
-    if device.index == torch.cuda.current_device():
-        getattr(kernels, operation)(*arguments, stream)
-        return
-    with torch.cuda.device(device):
-        getattr(kernels, operation)(*arguments, stream)
+    call(operation, device, *arguments, stream(device))
+
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def zero_counters(device: torch.device, count: int) -> Tensor:
+    """At least `count` int32 zeros for a kernel to count with; it leaves zeros behind. One buffer for each stream."""
+    key = (device, stream(device))
+    if key not in _counters or len(_counters[key]) < count:
+        counters = torch.zeros(max(64, count), dtype=torch.int32, device=device)
+        if torch.cuda.is_current_stream_capturing():
+            return counters  # set to zero by the graph, whenever that runs: of no use to anybody else
+        _counters[key] = counters
+    return _counters[key]
 
 
 def address(tensor: Tensor | None) -> int:
