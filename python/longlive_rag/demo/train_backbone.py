@@ -112,9 +112,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--codec", type=Path, default=ASSETS / "codec.safetensors")
     parser.add_argument("--output", type=Path, default=ASSETS / "backbone.safetensors")
-    parser.add_argument("--minutes", type=float, default=72.0, help="the learning rate falls over this time")
+    parser.add_argument("--minutes", type=float, default=60.0, help="the learning rate falls over this time")
     parser.add_argument("--chunks", type=int, default=8, help="in a batch")
-    parser.add_argument("--pans", type=float, default=0.5, help="share of walks that glide; the others cut")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the state beside the output")
@@ -128,7 +127,7 @@ def main() -> None:
     saved = time.monotonic()
     by_level = defaultdict(list)
     while trainer.elapsed < 60 * options.minutes:
-        batch = training_data.draw_batch(latent_world, generator, options.chunks, options.pans)
+        batch = training_data.draw_batch(latent_world, generator, options.chunks)
         loss, errors = trainer.train_step(batch)
         level = batch.timestep.view(options.chunks, -1, training_data.CHUNK)[:, 1:] / 1000
         for value in training_data.noise_levels().tolist():

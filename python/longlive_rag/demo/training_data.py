@@ -107,11 +107,11 @@ def shifted(level: Tensor) -> Tensor:
     return TIMESTEP_SHIFT * level / (1 + (TIMESTEP_SHIFT - 1) * level)
 
 
-def draw_walks(generator: np.random.Generator, chunks: int, pans: float = 0.5) -> np.ndarray:
-    """Camera positions [chunks, CHUNK]: a share `pans` of the walks glides and turns back at times, the others cut."""
+def draw_walks(generator: np.random.Generator, chunks: int) -> np.ndarray:
+    """Camera positions [chunks, CHUNK]: half of the walks cut between places, half glide and turn back at times."""
     views = np.empty((chunks, CHUNK), np.int64)
     for walk in views:
-        if generator.random() >= pans:
+        if generator.random() < 0.5:
             here = int(generator.integers(world.PLACES))
             for frame in range(CHUNK):
                 if generator.random() < 1 / 3:
@@ -155,9 +155,9 @@ def draw_contexts(generator: np.random.Generator, views: np.ndarray) -> tuple[Te
     return torch.from_numpy(context), torch.from_numpy(distance), torch.from_numpy(used)
 
 
-def draw_batch(latent_world: LatentWorld, generator: np.random.Generator, chunks: int, pans: float = 0.5) -> Batch:
+def draw_batch(latent_world: LatentWorld, generator: np.random.Generator, chunks: int) -> Batch:
     """A batch; walks and contexts from `generator`, noise from torch's."""
-    walks = draw_walks(generator, chunks, pans)
+    walks = draw_walks(generator, chunks)
     context, distance, used = draw_contexts(generator, walks)
     views = torch.from_numpy(walks).flatten()
     cast = torch.from_numpy(world.draw_cast(generator, chunks)).repeat_interleave(CHUNK, dim=0)
