@@ -36,7 +36,7 @@ class Backbone:
     """A causal video transformer, ready to be patched."""
 
     transformer: nn.Module
-    attentions: tuple[nn.Module, ...]
+    attentions: tuple[Any, ...]
     """Self-attention of each layer."""
     parameters: tuple[str, ...]
     """Names of the attention's arguments, in order."""

@@ -32,6 +32,7 @@ def patch(
     embedding: Embedding | None = None,
     selection: Selection | None = None,
     capacity: int = 64,
+    device_frames: int | None = None,
     release_cache: bool = False,
 ) -> Patched:
     """Turn the attention of an existing causal video model into attention with retrieval memory.
@@ -49,6 +50,8 @@ def patch(
         embedding: of clean latent frames; default `AveragePool`.
         selection: which frames come back; default the most similar ones.
         capacity: latent frames to make room for at once; the length of the video, where it is known, avoids copies.
+        device_frames: at most this many latent frames of each video on the GPU; older ones wait in host memory (see
+            `RetrievalMemory`).
         release_cache: free the keys and values of the pipeline's own cache, which nothing reads any more, the first
             time it is passed (see `Patched.released_bytes`).
 
@@ -68,7 +71,18 @@ def patch(
     backbone = find_backbone(model)
     if hasattr(backbone.transformer, _MARK):
         raise ValueError("model is patched already; call unpatch() on what patch() returned first")
-    return Patched(backbone, config, embedding or AveragePool(), selection, capacity, release_cache)
+    make_memory = functools.partial(
+        RetrievalMemory,
+        config,
+        layers=len(backbone.attentions),
+        heads=backbone.attentions[0].num_heads,
+        head_dim=backbone.attentions[0].head_dim,
+        embedding=embedding or AveragePool(),
+        selection=selection,
+        capacity=capacity,
+        device_frames=device_frames,
+    )
+    return Patched(backbone, config, make_memory, release_cache)
 
 
 @dataclass
@@ -79,6 +93,17 @@ class _Pass:
     """[B, F, C, H, W]."""
     sequence: Sequence | None = None
     frames: int = 0
+
+
+@dataclass
+class _Tracked:
+    """A key-value cache that was seen, and its sequence."""
+
+    keys: weakref.ref[Tensor]
+    """Tensor of the first layer's keys: as long as it lives, so does the cache."""
+    sequence: Sequence
+    kind: tuple[Any, ...]
+    """What the sequence's memory was made for; a later cache of the same kind takes it over."""
 
 
 @dataclass
@@ -99,17 +124,14 @@ class Patched:
         self,
         backbone: Backbone,
         config: RetrievalConfig,
-        embedding: Embedding,
-        selection: Selection | None,
-        capacity: int,
+        make_memory: Callable[..., RetrievalMemory],
         release_cache: bool,
     ) -> None:
         self.config, self.family = config, backbone.family.name
         self.released_bytes = 0
         """Memory of the pipeline's own cache that was freed."""
-        self._backbone, self._embedding, self._selection = backbone, embedding, selection
-        self._capacity, self._release_cache = capacity, release_cache
-        self._sequences: list[tuple[weakref.ref[Tensor], Sequence]] = []
+        self._backbone, self._new_memory, self._release_cache = backbone, make_memory, release_cache
+        self._sequences: list[_Tracked] = []
         self._released: list[_Released] = []
         self._pass: _Pass | None = None
         self._warned = False
@@ -123,15 +145,15 @@ class Patched:
     @property
     def retrieved(self) -> list[Retrieval]:
         """What each block of the last video got from memory: `.block_start`, `.frames` [B][k], `.similarity` [B][k]."""
-        return self._sequences[0][1].retrieved if self._sequences else []
+        return self._sequences[0].sequence.retrieved if self._sequences else []
 
     def reset(self) -> None:
         """Forget the videos so far. A pipeline that begins another video does not need it."""
-        for _, sequence in self._sequences:
-            sequence.reset()
+        for tracked in self._sequences:
+            tracked.sequence.reset()
 
     def unpatch(self) -> None:
-        """Give the model its own attention back, and released caches their size."""
+        """Give the model its own attention back, and released caches their size; what they held is gone."""
         for module, original in self._originals:
             if original is None:
                 del module.forward
@@ -141,8 +163,8 @@ class Patched:
             delattr(self._backbone.transformer, _MARK)
         self._originals = []
         self._restore_caches()
-        for _, sequence in self._sequences:
-            sequence.close()
+        for tracked in self._sequences:
+            tracked.sequence.close()
 
     def __enter__(self) -> Patched:
         return self
@@ -204,6 +226,7 @@ class Patched:
         )
         return q, k, v
 
+    @torch.compiler.disable
     def _begin(self, arguments: dict[str, Any]) -> None:
         """The first layer of a pass: whose is it, and which frames?"""
         assert self._pass is not None
@@ -228,30 +251,28 @@ class Patched:
         """The sequence of a key-value cache, told by the tensor that holds the first layer's keys."""
         if self._release_cache:
             self._release(arguments["kv_cache"])
-        keys = arguments["kv_cache"]["k"]
-        for reference, sequence in self._sequences:
-            if reference() is keys:
-                return sequence
-        self._sequences = [entry for entry in self._sequences if entry[0]() is not None]
-        sequence = Sequence(self.config, functools.partial(self._make_memory, arguments["x"], grid))
-        self._sequences.append((weakref.ref(keys), sequence))
+        keys, x = arguments["kv_cache"]["k"], arguments["x"]
+        dead = []
+        for tracked in self._sequences:
+            owner = tracked.keys()
+            if owner is keys:
+                return tracked.sequence
+            if owner is None:
+                dead.append(tracked)
+        kind = (x.shape[0], grid, x.device, x.dtype)
+        for tracked in dead:
+            if tracked.kind == kind:
+                tracked.keys = weakref.ref(keys)
+                tracked.sequence.reset()
+                return tracked.sequence
+        self._sequences = [tracked for tracked in self._sequences if tracked not in dead]
+        sequence = Sequence(self.config, functools.partial(self._make_memory, x, grid))
+        self._sequences.append(_Tracked(weakref.ref(keys), sequence, kind))
         return sequence
 
     def _make_memory(self, x: Tensor, grid: tuple[int, int]) -> RetrievalMemory:
-        attention: Any = self._backbone.attentions[0]
-        return RetrievalMemory(
-            self.config,
-            batch=x.shape[0],
-            layers=len(self._backbone.attentions),
-            heads=attention.num_heads,
-            head_dim=attention.head_dim,
-            grid=grid,
-            device=x.device,
-            dtype=attention.v(x[:, :1]).dtype,
-            embedding=self._embedding,
-            capacity=self._capacity,
-            selection=self._selection,
-        )
+        values = self._backbone.attentions[0].v(x[:, :1])
+        return self._new_memory(batch=x.shape[0], grid=grid, device=x.device, dtype=values.dtype)
 
     def _needs_gradients(self, attention: nn.Module, x: Tensor) -> bool:
         if not torch.is_grad_enabled():
