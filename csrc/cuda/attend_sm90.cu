@@ -6,23 +6,24 @@
 namespace longlive {
 namespace {
 
-constexpr int kConsumers = 2;
-constexpr int kQueryRows = kConsumers * kConsumerRows;
-
 int key_tile_of(const AttendArguments& a, const AttendSm90Options& options) {
   return options.key_tile ? options.key_tile : choose_key_tile(a.tokens);
 }
+int consumers_of(const AttendSm90Options& options) { return options.consumers ? options.consumers : 2; }
 
-Schedule schedule_of(const AttendArguments& a, int key_tile) {
-  const int64_t tiles = int64_t(a.batch) * a.heads * ((a.length + kQueryRows - 1) / kQueryRows);
+Schedule schedule_of(const AttendArguments& a, int key_tile, int consumers) {
+  const int rows = consumers * kConsumerRows;
+  const int64_t tiles = int64_t(a.batch) * a.heads * ((a.length + rows - 1) / rows);
   const int64_t steps = int64_t(a.entries) * ((a.tokens + key_tile - 1) / key_tile);
   return make_schedule(tiles, steps, multiprocessors());
 }
 
-size_t partial_bytes(const AttendArguments& a, const Schedule& schedule) {
-  return sizeof(float) * partial_count(schedule) * kConsumers * (a.head_dim / 2 + 4) * kWarpgroup;
+size_t partial_bytes(const AttendArguments& a, const Schedule& schedule, int consumers) {
+  return sizeof(float) * partial_count(schedule) * consumers * (a.head_dim / 2 + 4) * kWarpgroup;
 }
-size_t arrived_bytes(const Schedule& schedule) { return sizeof(uint32_t) * schedule.cut * kConsumers; }
+size_t arrived_bytes(const Schedule& schedule, int consumers) {
+  return sizeof(uint32_t) * schedule.cut * consumers;
+}
 
 void set_zero(void* memory, size_t bytes, cudaStream_t stream) {
 #ifdef __CUDACC__
@@ -33,14 +34,15 @@ void set_zero(void* memory, size_t bytes, cudaStream_t stream) {
 #endif
 }
 
-template <class T, int kHeadDim, int kKeyTile>
+template <class T, int kHeadDim, int kKeyTile, int kConsumers = 2>
 void launch_attend(const AttendArguments& a, int page_slots, void* workspace, cudaStream_t stream) {
   using Shared = AttendSm90Shared<T, kHeadDim, kKeyTile, kConsumers>;
+  constexpr int kRows = kConsumers * kConsumerRows;
   AttendSm90Parameters p{};
   p.a = a;
   const int64_t row = int64_t(a.heads) * kHeadDim;
   p.q = tensor_map(
-      {a.q, DType(a.dtype), kHeadDim, a.length, a.heads, a.batch, row, kHeadDim, a.length * row, kQueryRows});
+      {a.q, DType(a.dtype), kHeadDim, a.length, a.heads, a.batch, row, kHeadDim, a.length * row, kRows});
   const HeadRows pages{a.k_pages,      DType(a.dtype), kHeadDim, a.tokens,
                        a.heads,        page_slots,     kHeadDim, int64_t(a.tokens) * kHeadDim,
                        a.tokens * row, kKeyTile};
@@ -48,12 +50,14 @@ void launch_attend(const AttendArguments& a, int page_slots, void* workspace, cu
   HeadRows values = pages;
   values.data = a.v_pages;
   p.v = tensor_map(values);
-  p.schedule = schedule_of(a, kKeyTile);
-  p.query_tiles = (a.length + kQueryRows - 1) / kQueryRows;
+  p.schedule = schedule_of(a, kKeyTile, kConsumers);
+  p.query_tiles = (a.length + kRows - 1) / kRows;
   p.frames = a.length / a.tokens;
+  p.scale = a.scale * 1.4426950408889634f;
   p.partials = static_cast<float*>(workspace);
-  p.arrived = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + partial_bytes(a, p.schedule));
-  if (p.schedule.cut) set_zero(p.arrived, arrived_bytes(p.schedule), stream);
+  p.arrived =
+      reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + partial_bytes(a, p.schedule, kConsumers));
+  if (p.schedule.cut) set_zero(p.arrived, arrived_bytes(p.schedule, kConsumers), stream);
   launch("attend", attend_sm90_kernel<T, kHeadDim, kKeyTile, kConsumers>, dim3(p.schedule.blocks),
          (kConsumers + 1) * kWarpgroup, sizeof(Shared), stream, p);
 }
@@ -61,7 +65,13 @@ void launch_attend(const AttendArguments& a, int page_slots, void* workspace, cu
 template <class T, int kHeadDim>
 void choose_tile(const AttendArguments& a, const AttendSm90Options& options, void* workspace,
                  cudaStream_t stream) {
-  switch (key_tile_of(a, options)) {
+  const int key_tile = key_tile_of(a, options), consumers = consumers_of(options);
+  if constexpr (kHeadDim == 128)
+    if (key_tile == 112 && consumers == 3)
+      return launch_attend<T, kHeadDim, 112, 3>(a, options.page_slots, workspace, stream);
+  if (consumers != 2)
+    throw std::invalid_argument("attend: consumers must be 2, or 3 with key_tile 112 and head_dim 128");
+  switch (key_tile) {
     case 112:
       return launch_attend<T, kHeadDim, 112>(a, options.page_slots, workspace, stream);
     case 128:
@@ -94,8 +104,9 @@ bool attend_sm90_supports(const AttendArguments& a) {
 }
 
 size_t attend_sm90_workspace(const AttendArguments& a, const AttendSm90Options& options) {
-  const Schedule schedule = schedule_of(a, key_tile_of(a, options));
-  return partial_bytes(a, schedule) + arrived_bytes(schedule);
+  const int consumers = consumers_of(options);
+  const Schedule schedule = schedule_of(a, key_tile_of(a, options), consumers);
+  return partial_bytes(a, schedule, consumers) + arrived_bytes(schedule, consumers);
 }
 
 void attend_sm90(const AttendArguments& a, const AttendSm90Options& options, void* workspace, void* stream) {

@@ -83,6 +83,7 @@ struct AttendSm90Parameters {
   Schedule schedule;
   int query_tiles;    // of one head of one sample
   int frames;         // of queries
+  float scale;        // of the scores, times log2(e): exponentials are powers of two
   float* partials;    // [partial][consumer][head_dim / 2 + 4][thread]
   uint32_t* arrived;  // [cut tile][consumer]: parts that are done
 };
@@ -246,8 +247,7 @@ struct Consumer {
 
   const AttendSm90Parameters& p;
   Shared& shared;
-  const int steps_per_page, consumer, lane, row;  // row: this thread's first of two, the other is 8 below
-  const float scale;                              // of the scores, in powers of two
+  const int steps_per_page, consumer, lane;
   Ring<Shared::kStages> ring;
   int queries = 0, rotations = 0;  // used so far
 
@@ -264,9 +264,12 @@ struct Consumer {
         shared(shared),
         steps_per_page(steps_per_page),
         consumer(consumer),
-        lane(threadIdx.x % kWarpSize),
-        row(consumer * kConsumerRows + threadIdx.x % kWarpgroup / kWarpSize * 16 + lane / 4),
-        scale(p.a.scale * 1.4426950408889634f) {}  // log2(e): exponentials are powers of two
+        lane(threadIdx.x % kWarpSize) {}
+
+  // This thread's first row of two, the other is 8 below.
+  __device__ __forceinline__ int row() const {
+    return consumer * kConsumerRows + threadIdx.x % kWarpgroup / kWarpSize * 16 + lane / 4;
+  }
 
   // One arrival a warp: a warpgroup's wait for its products tells each warp about its own rows only.
   __device__ __forceinline__ void release(uint64_t* barrier) {
@@ -277,9 +280,11 @@ struct Consumer {
   __device__ __forceinline__ void rotate_query(const PlannedPiece& plan) {
     const auto rotation_ring = ring_of_two(rotations++);
     ptx::mbarrier_wait(&shared.rotation_full[rotation_ring.stage], rotation_ring.parity);
+    // Opaque: the addresses below would otherwise be kept, and spilled, from one page to the next.
+    const int first = ptx::opaque(row()), column = ptx::opaque(lane % 4);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int r = row + half * 8;
+      const int r = first + half * 8;
       // Rows past the last frame hold zeros; any frame will do for them.
       const int frame = min((plan.first_row + r) / p.a.tokens - plan.first_frame, kMaxFrames - 1);
       const float2* rotation = shared.rotation[rotation_ring.stage][frame];
@@ -289,8 +294,8 @@ struct Consumer {
         for (int i = 0; i < 2; ++i) {  // the low and the high eight columns of the step
           const int chunk = step * 2 + i;
           uint32_t unrotated;
-          memcpy(&unrotated, &shared.q[0][r][(chunk ^ r % 8) * 8 + lane % 4 * 2], sizeof unrotated);
-          const float2 turned = rotate(unpack2<T>(unrotated), rotation[chunk * 4 + lane % 4]);
+          memcpy(&unrotated, &shared.q[0][r][(chunk ^ r % 8) * 8 + column * 2], sizeof unrotated);
+          const float2 turned = rotate(unpack2<T>(unrotated), rotation[chunk * 4 + column]);
           query[step][i * 2 + half] = ptx::pack2<T>(turned.x, turned.y);
         }
     }
@@ -339,11 +344,11 @@ struct Consumer {
         maximum = fmaxf(maximum, fmaxf(score[i], score[i + 1]));
       maximum = fmaxf(maximum, __shfl_xor_sync(kFullMask, maximum, 1));
       maximum = fmaxf(maximum, __shfl_xor_sync(kFullMask, maximum, 2));
-      correction[half] = softmax[half].raise(maximum, scale);
+      correction[half] = softmax[half].raise(maximum, p.scale);
 #pragma unroll
       for (int i = 2 * half; i < kKeyTile / 2; i += 4) {
-        softmax[half].sum += score[i] = softmax[half].weight(score[i], scale);
-        softmax[half].sum += score[i + 1] = softmax[half].weight(score[i + 1], scale);
+        softmax[half].sum += score[i] = softmax[half].weight(score[i], p.scale);
+        softmax[half].sum += score[i + 1] = softmax[half].weight(score[i + 1], p.scale);
       }
     }
   }
@@ -454,8 +459,8 @@ struct Consumer {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float maximum = other[(kHeadDim / 2 + half) * kWarpgroup];
-        keep[half] = softmax[half].raise(maximum, scale);
-        correction[half] = softmax[half].weight(maximum, scale);
+        keep[half] = softmax[half].raise(maximum, p.scale);
+        correction[half] = softmax[half].weight(maximum, p.scale);
         softmax[half].sum += correction[half] * other[(kHeadDim / 2 + 2 + half) * kWarpgroup];
       }
 #pragma unroll
@@ -474,7 +479,7 @@ struct Consumer {
   __device__ __forceinline__ void store(const PlannedPiece& plan) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int query_row = plan.first_row + row + half * 8;
+      const int query_row = plan.first_row + row() + half * 8;
       if (query_row >= p.a.length) continue;
       const float sum = softmax[half].sum, factor = sum == 0.0f ? 0.0f : 1.0f / sum;
       const int64_t index =
@@ -484,14 +489,14 @@ struct Consumer {
       for (int i = 0; i < kHeadDim / 8; ++i)
         *reinterpret_cast<uint32_t*>(target + i * 8) =
             ptx::pack2<T>(out[i * 4 + half * 2] * factor, out[i * 4 + half * 2 + 1] * factor);
-      if (p.a.lse && lane % 4 == 0) p.a.lse[index] = softmax[half].log_sum_exp(sum, scale);
+      if (p.a.lse && lane % 4 == 0) p.a.lse[index] = softmax[half].log_sum_exp(sum, p.scale);
     }
   }
 
-  __device__ __forceinline__ void run(int pieces) {
+  __device__ __forceinline__ void run() {
     if (kOverlap && consumer == 1) pass_turn();
 #pragma unroll 1
-    for (int index = 0; index < pieces; ++index) {
+    for (int index = 0; index < shared.pieces; ++index) {
       const PlannedPiece& plan = wait_for_plan(shared, index);
       clear();
       if (plan.steps > 0) attend_piece(plan);
@@ -540,8 +545,7 @@ __global__ void __launch_bounds__((kConsumers + 1) * kWarpgroup, 1)
   } else {
     ptx::take_registers<kConsumerRegisters<kConsumers>>();
     const int consumer = warp / (kWarpgroup / kWarpSize) - 1;
-    Consumer<T, kHeadDim, kKeyTile, kConsumers>(p, shared, steps_per_page, consumer)
-        .run(piece_count(p.schedule, blockIdx.x));
+    Consumer<T, kHeadDim, kKeyTile, kConsumers>(p, shared, steps_per_page, consumer).run();
   }
 }
 

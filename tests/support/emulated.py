@@ -53,19 +53,29 @@ def build(*edits: Edit) -> ModuleType:
 
     Skips the test where there is no C++ compiler or no pybind11.
     """
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler to build the emulated kernels with")
+    compiler = _compiler()
     pybind11 = pytest.importorskip("pybind11", reason="the emulated kernels are bound with pybind11")
     includes = [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
     source = _edited(edits) if edits else CSRC
-    command = [*shlex.split(compiler), *FLAGS, f"-I{source}"]
+    command = [*compiler, *FLAGS, f"-I{source}"]
     objects = [_compile(command, file, []) for file in sorted(source.glob("cuda/*.cu"))]
     objects.append(_compile(command, source / "bindings.cpp", includes))
     library = CACHE / f"_C_{_digest(*objects)}.so"
     if not library.exists():
-        _run([*shlex.split(compiler), "-shared", *map(str, objects), "-o"], library)
+        _run([*compiler, "-shared", *map(str, objects), "-o"], library)
     return _load(library)
+
+
+def program(name: str, source: str) -> Path:
+    """Compile a program over the emulator; skips the test where there is no C++ compiler."""
+    file = CACHE / f"{name}.cpp"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(source)
+    command = [*_compiler(), *FLAGS, f"-I{CSRC}"]
+    target = _compile(command, file, []).with_suffix("")
+    if not target.exists():
+        _run([*_compiler(), str(target.with_suffix(".o")), "-o"], target)
+    return target
 
 
 @contextlib.contextmanager
@@ -90,6 +100,13 @@ def backend(module: ModuleType) -> Iterator[list[str]]:
             yield calls
     finally:
         library._destroy()
+
+
+def _compiler() -> list[str]:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler to build the emulated kernels with")
+    return shlex.split(compiler)
 
 
 def _edited(edits: tuple[Edit, ...]) -> Path:
