@@ -207,13 +207,17 @@ class Patched:
                 self._begin(arguments)
             if self._release_cache:
                 self._release(arguments["kv_cache"])
-            sequence = self._pass.sequence
-            assert sequence is not None, "the first layer's attention begins a pass"
             q, k, v = self._project(attention, arguments["x"], self._pass.frames)
-            out = sequence.memory.attend(layer, q, k, v)
+            out = self._attend(layer, q, k, v)
             return family.output(attention.o(out.flatten(2)), arguments)
 
         return forward
+
+    # torch.compile would compile this anew for every layer, whose pages are other tensors.
+    @torch.compiler.disable
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        assert self._pass is not None and self._pass.sequence is not None, "the first layer's attention begins a pass"
+        return self._pass.sequence.memory.attend(layer, q, k, v)
 
     @staticmethod
     def _project(attention: Any, x: Tensor, frames: int) -> tuple[Tensor, Tensor, Tensor]:
