@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+import functools
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longlive_rag import native
 from longlive_rag.ops import _cuda
 from longlive_rag.ops._library import FLOATING, LIBRARY, check_dtype, check_shape, check_tensors
 from longlive_rag.rotary import rotate_pairs
@@ -205,25 +207,32 @@ def _fake_with_lse(q: Tensor, *context: object) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def _cuda_attend(q: Tensor, *context: object) -> Tensor:
+def _cuda_attend(q: Tensor, *context: Any) -> Tensor:
     if not _has_kernel(q):
         return _reference(q, *context)
     out = torch.empty_like(q)
-    _launch(q, *context, out, None)  # type: ignore[arg-type]
+    _launch(q, *context, out=out, lse=None)
     return out
 
 
-def _cuda_attend_with_lse(q: Tensor, *context: object) -> tuple[Tensor, Tensor]:
+def _cuda_attend_with_lse(q: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
     if not _has_kernel(q):
         return _reference_with_lse(q, *context)
     out, lse = _fake_with_lse(q)
-    _launch(q, *context, out, lse)  # type: ignore[arg-type]
+    _launch(q, *context, out=out, lse=lse)
     return out, lse
 
 
 def _has_kernel(q: Tensor) -> bool:
     """What csrc/cuda/attend.cuh handles; the rest, float32 above all, is left to the reference."""
     return q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] in (64, 128)
+
+
+class _Sizes(NamedTuple):
+    """AttendShape of csrc/bindings.cpp, and the dtype."""
+
+    shape: tuple[int, ...]
+    dtype: int
 
 
 def _launch(
@@ -239,17 +248,50 @@ def _launch(
     lse: Tensor | None,
 ) -> None:
     tables = [table.contiguous() for table in (slots, positions, query_position, rotation)]
-    _cuda.launch(
-        "attend",
-        q.device,
-        *map(_cuda.address, (q, k_pages, v_pages, *tables, out, lse)),
-        tuple(q.shape),
-        k_pages.shape[2],
-        slots.shape[1],
-        rotation.shape[0],
-        _cuda.DTYPE_CODES[q.dtype],
-        scale,
-    )
+    tensors = [q, k_pages, v_pages, *tables, out, lse]
+    sizes = _Sizes((*q.shape, k_pages.shape[2], slots.shape[1], rotation.shape[0]), _cuda.DTYPE_CODES[q.dtype])
+    if _is_hopper(q.device) and _hopper_workspace(q.device, sizes) is not None:
+        _launch_sm90(tensors, sizes, scale)
+    else:
+        _launch_sm80(tensors, sizes, scale)
+
+
+def _launch_sm80(tensors: list[Tensor | None], sizes: _Sizes, scale: float) -> None:
+    *shape, tokens, entries, pairs = sizes.shape
+    addresses = map(_cuda.address, tensors)
+    _cuda.launch("attend", _device(tensors), *addresses, tuple(shape), tokens, entries, pairs, sizes.dtype, scale)
+
+
+def _launch_sm90(
+    tensors: list[Tensor | None], sizes: _Sizes, scale: float, key_tile: int = 0, consumers: int = 0
+) -> None:
+    """`key_tile` and `consumers` as in csrc/cuda/attend_sm90.h; zero: as the kernel chooses."""
+    device = _device(tensors)
+    size = _hopper_workspace(device, sizes, key_tile, consumers)
+    assert size is not None and tensors[1] is not None
+    workspace = torch.empty(size, dtype=torch.uint8, device=device)
+    addresses = map(_cuda.address, [*tensors, workspace])
+    pages = tensors[1].shape[0]
+    _cuda.launch("attend_sm90", device, *addresses, sizes.shape, pages, sizes.dtype, scale, key_tile, consumers)
+
+
+def _device(tensors: list[Tensor | None]) -> torch.device:
+    assert tensors[0] is not None
+    return tensors[0].device
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    """Whether the device runs what is compiled for sm_90a, and that is compiled in."""
+    if device.type != "cuda" or not hasattr(native.kernels(), "attend_sm90"):
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.lru_cache(maxsize=1024)
+def _hopper_workspace(device: torch.device, sizes: _Sizes, key_tile: int = 0, consumers: int = 0) -> int | None:
+    """Bytes, or None if csrc/cuda/attend_sm90.cuh does not handle these sizes."""
+    return _cuda.call("attend_sm90_workspace", device, sizes.shape, sizes.dtype, key_tile, consumers)
 
 
 LIBRARY.impl("attend", _reference, "CompositeExplicitAutograd")
