@@ -23,7 +23,7 @@ class Corpus:
     source: Literal["small-world", "world", "self-forcing", "causal-forcing", "longlive", "wan"] = "small-world"
     """What makes the videos: the bundled small-world backbone; "world": the small world's true videos, encoded; or a
     Wan-family checkpoint."""
-    videos: int = 160
+    videos: int = 96
     """How many."""
     frames: int | None = None
     """Latent frames of each; default 64 in the small world, else 90, the paper's."""

@@ -91,7 +91,7 @@ class TrainingConfig(CommonSettings):
 
 PAPER = TrainingConfig()
 SMALL = TrainingConfig(
-    epochs=60, batch=16, learning_rate=1e-3, smooth_weight=0.02, embedding_dim=128, hidden_dims=(32, 64)
+    epochs=100, batch=16, learning_rate=1e-3, smooth_weight=0.02, embedding_dim=128, hidden_dims=(32, 64)
 )
 """Two halvings of the resolution, since three would leave the small world one cell; many small steps, for a CPU; and a
 smoothing weight at which the embeddings do not collapse to a point, as they do there with the paper's 1
@@ -103,7 +103,7 @@ class TrainingOptions(CommonSettings):
     """A recipe as a user gives it: what is left out is the paper's or, for small latent frames, `SMALL`'s."""
 
     epochs: int | None = None
-    """Passes over the videos; default 400, the paper's, or 60 for latent frames with a side below 32."""
+    """Passes over the videos; default 400, the paper's, or 100 for latent frames with a side below 32."""
     batch: int | None = None
     """Chunks in a step, over all ranks; default 128, or 16 for small frames; all of an epoch's if there are fewer."""
     learning_rate: float | None = None

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+from tqdm import tqdm
 
 from longlive_rag.files import atomic_path
 
@@ -140,7 +141,7 @@ def open_corpus(folder: str | Path, shortest: int, bad_data: BadData = "refuse")
             faults.append(str(error))
     usual = _usual_size(videos)
     good = []
-    for video in videos:
+    for video in tqdm(videos, desc="checking latents", unit="file", leave=False, delay=2):
         try:
             _check(video, usual, shortest)
             good.append(video)
