@@ -211,7 +211,7 @@ def _cuda_attend(q: Tensor, *context: Any) -> Tensor:
     if not _has_kernel(q):
         return _reference(q, *context)
     out = torch.empty_like(q)
-    _launch(q, *context, out=out, lse=None)
+    _launch(out, None, q, *context)
     return out
 
 
@@ -219,7 +219,7 @@ def _cuda_attend_with_lse(q: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
     if not _has_kernel(q):
         return _reference_with_lse(q, *context)
     out, lse = _fake_with_lse(q)
-    _launch(q, *context, out=out, lse=lse)
+    _launch(out, lse, q, *context)
     return out, lse
 
 
@@ -236,6 +236,8 @@ class _Sizes(NamedTuple):
 
 
 def _launch(
+    out: Tensor,
+    lse: Tensor | None,
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
@@ -244,8 +246,6 @@ def _launch(
     query_position: Tensor,
     rotation: Tensor,
     scale: float,
-    out: Tensor,
-    lse: Tensor | None,
 ) -> None:
     tables = [table.contiguous() for table in (slots, positions, query_position, rotation)]
     tensors = [q, k_pages, v_pages, *tables, out, lse]
