@@ -55,7 +55,8 @@ def _read_released(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {(str(error) or 'it ends early').splitlines()[0]}") from error
+        reason = (str(error) or "it ends early").splitlines()[0]
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(content, dict) or not {"model", "config"} <= content.keys():
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f'{path} must hold a dict with "model" and "config", got {found}')
