@@ -10,7 +10,6 @@ import contextlib
 import functools
 import hashlib
 import importlib
-import importlib.machinery
 import importlib.util
 import os
 import shlex
@@ -147,9 +146,11 @@ def _digest(*files: Path) -> str:
 
 @functools.cache
 def _load(library: Path) -> ModuleType:
-    loader = importlib.machinery.ExtensionFileLoader("_C", str(library))
-    spec = importlib.util.spec_from_loader("_C", loader)
+    # pybind11 returns the same module for the same name, whatever file it came from.
+    name = f"{library.stem}._C"
+    spec = importlib.util.spec_from_file_location(name, library)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
+    assert spec.loader is not None
+    spec.loader.exec_module(module)
     return module

@@ -1,0 +1,65 @@
+"""`longlive-rag bench`: the operations, the layer and the block beside their peers and the machine's limit."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from longlive_rag.files import check_writable, write_json
+
+Benchmark = Literal["insert", "retrieve", "attend", "layer", "block"]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure how fast the operations are here.
+
+    Every line has our time, the least time that the machine allows (from copy and matrix product rates measured in the
+    same run), the share of that limit reached, and the peers' times. Without a GPU the PyTorch reference is measured at
+    small sizes, which says nothing about the kernels.
+    """
+
+    benchmarks: Annotated[tuple[Benchmark, ...], tyro.conf.Positional] = (
+        "insert",
+        "retrieve",
+        "attend",
+        "layer",
+        "block",
+    )
+    """What to measure."""
+    json: Path | None = None
+    """Write the results with the machine, clocks and versions to this file."""
+    plot: Path | None = None
+    """Draw them into this file."""
+
+    def run(self) -> int:
+        for path in (self.json, self.plot):
+            if path is not None:
+                check_writable(path)
+        import sys
+
+        import torch
+        from tqdm import tqdm
+
+        from longlive_rag.benchmarks import common
+
+        machine = common.machine()
+        facts = machine.facts()
+        print(", ".join(f"{name} {value}" for name, value in facts.items()))
+        if facts["kernels"] != "CUDA":
+            print("The CUDA kernels do not run here: this is the PyTorch reference, and no measure of them.")
+        torch.manual_seed(0)
+        rows = []
+        for name in tqdm(dict.fromkeys(self.benchmarks), unit="benchmark", leave=False, file=sys.stderr):
+            module = importlib.import_module(f"longlive_rag.benchmarks.{name}")
+            rows += list(module.rows(machine))
+        print(common.table(rows))
+        if self.json is not None:
+            write_json(self.json, {"machine": facts, "rows": [row.as_json() for row in rows]})
+        if self.plot is not None:
+            common.plot(rows, self.plot)
+        return 0

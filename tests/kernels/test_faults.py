@@ -1,0 +1,123 @@
+"""Would the tests notice? Each kernel is compiled again with one deliberate fault in it, and has to fail.
+
+Without a GPU these kernels are proven by the emulator alone, so it has to be shown that a missing barrier, a wrong
+shuffle or an off-by-one at the tail cannot pass there unseen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from longlive_rag import ops, rotary
+from support import emulated
+
+ORDERS = ["forward", "reverse"]
+
+
+def run_insert() -> list[Tensor]:
+    torch.manual_seed(0)
+    k, v, q = torch.randn(3, 1, 2, 5, 12, 64).half()
+    weight, rotation = torch.rand(12 * 64), torch.rand(5, 20, 2)
+    pages = torch.zeros(2, 3, 12, 5, 64).half()
+    slots = torch.tensor([[2, 0]], dtype=torch.int32)
+    out = ops.insert(k, v, weight, rotation, pages[0], pages[1], slots, q=q, q_weight=weight)
+    assert out is not None
+    return [out, pages]
+
+
+def run_retrieve() -> list[Tensor]:
+    torch.manual_seed(0)
+    keys = torch.randn(1, 203, 40)
+    keys[:, 150] = 9 * keys[:, 30]  # beyond the range, and the best
+    results = []
+    for k in (9, 50):
+        results += ops.retrieve(keys[:, 30], keys, 1 / keys.norm(dim=-1), 1, 150, k)
+    return results
+
+
+def run_attend() -> list[Tensor]:
+    torch.manual_seed(0)
+    q = torch.randn(1, 2 * 75, 1, 64).half()
+    pages = torch.randn(2, 4, 1, 75, 64).half()
+    tables = [torch.tensor([row], dtype=torch.int32) for row in ([3, -1, 0, 1], [2, 9, 0, 5], [6, 7])]
+    return list(ops.attend(q, *pages, *tables, rotary.temporal_frequencies(64), return_lse=True))
+
+
+FAULTS = {
+    "insert: no barrier in the sum over the block": (
+        run_insert, "core/reduce.cuh", "  __syncthreads();\n", "",
+    ),
+    "insert: first rotated pair forgotten": (
+        run_insert, "cuda/insert.cuh", "pair >= 0", "pair > 0",
+    ),
+    "retrieve: wrong shuffle": (
+        run_retrieve, "core/topk.cuh", "__shfl_up_sync(kFullMask, entry[r], 1)",
+        "__shfl_up_sync(kFullMask, entry[r], 2)",
+    ),
+    "retrieve: no barrier before lists of other warps are read": (
+        run_retrieve, "cuda/retrieve.cuh", "best.store(shared.lists[warp - half]);\n    __syncthreads();",
+        "best.store(shared.lists[warp - half]);",
+    ),
+    "retrieve: one key beyond the range": (
+        run_retrieve,
+        "cuda/retrieve.cuh",
+        "a.last[sample * a.last_stride], a.count)",
+        "a.last[sample * a.last_stride] + 1, a.count)",
+    ),
+    "retrieve: counter not set back": (
+        run_retrieve, "cuda/retrieve.cuh", "  if (lane == 0) a.finished_blocks[sample] = 0;\n", "",
+    ),
+    "attend: no barrier before K is read": (
+        run_attend, "cuda/attend.cuh", "    __syncthreads();  // K is there", "    // K is there",
+    ),
+    "attend: no barrier before V is read": (
+        run_attend, "cuda/attend.cuh", "    __syncthreads();  // V is there", "    // V is there",
+    ),
+    "attend: V not waited for": (
+        run_attend, "cuda/attend.cuh", "    ptx::cp_async_wait<0>();\n    __syncthreads();  // V is there",
+        "    __syncthreads();  // V is there",
+    ),
+    "attend: query rows not waited for": (
+        run_attend, "cuda/attend.cuh", "  __syncwarp();  // the warp's query rows", "  // the warp's query rows",
+    ),
+    "attend: wrong shuffle": (
+        run_attend, "cuda/attend.cuh", "__shfl_xor_sync(kFullMask, maximum, 2)",
+        "__shfl_xor_sync(kFullMask, maximum, 4)",
+    ),
+    "attend: one token beyond the frame": (
+        run_attend, "cuda/attend.cuh", ">= tokens_left", "> tokens_left",
+    ),
+}  # fmt: skip
+
+
+def agrees(run: Callable[[], list[Tensor]], *edits: emulated.Edit) -> bool:
+    """Whether the emulated kernel gives what the reference gives."""
+    expected = run()
+    with emulated.backend(emulated.build(*edits)) as calls:
+        got = run()
+    assert calls, "the kernel was not used"
+    return all(torch.allclose(g.float(), e.float(), rtol=0, atol=4e-3) for g, e in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("run", [run_insert, run_retrieve, run_attend])
+def test_right_without_a_fault(run: Callable[[], list[Tensor]], order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIMT_ORDER", order)
+    assert agrees(run)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, *edit = FAULTS[fault]
+    caught = []
+    for order in ORDERS:
+        monkeypatch.setenv("SIMT_ORDER", order)
+        try:
+            caught.append(not agrees(run, tuple(edit)))  # type: ignore[arg-type]
+        except RuntimeError:  # the emulator found a deadlock, a divergent warp or a store out of bounds
+            caught.append(True)
+    assert any(caught)
