@@ -27,7 +27,9 @@ COMMANDS = {
     "corpus": Command("longlive_rag.commands.corpus", "Corpus", "latents to train the retrieval autoencoder on"),
     "train": Command("longlive_rag.commands.train", "Train", "train the retrieval autoencoder"),
     "generate": Command("longlive_rag.commands.generate", "Generate", "long videos from a checkpoint and prompts"),
+    "run": Command("longlive_rag.commands.run", "Run", "a script of your own, with its model patched"),
     "demo": Command("longlive_rag.commands.demo", "Demo", "the same long video under every context policy"),
+    "bench": Command("longlive_rag.commands.bench", "Bench", "how fast the operations are, and their limits"),
     "evaluate": Command("longlive_rag.commands.evaluate", "Evaluate", "drift of each of several videos"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from longlive_rag import RetrievalConfig, patch
+from longlive_rag import RetrievalConfig, patch, rollout
+from longlive_rag.models import CausalWanModel
 from support.causal_doubles import ATTENTIONS, Attention, NativeAttentionReached, Pipeline, Transformer, Wrapper
 
 SIZES = {
@@ -252,6 +254,17 @@ def test_a_compiled_transformer_gives_the_same_video(pipeline: Pipeline) -> None
         assert [entry.block_start for entry in patched.retrieved] == [6, 7]
 
 
+@pytest.mark.parametrize("query", ["latest", "draft"])
+def test_a_patched_model_makes_what_our_own_pipeline_makes(pipeline: Pipeline, query: Any) -> None:
+    own = CausalWanModel(**SIZES).eval()
+    own.load_state_dict(pipeline.transformer.state_dict())
+    config = replace(CONFIG, query=query)
+    expected = rollout(own, noise(12), torch.ones(1, 4, 8), config, denoising_steps=[1000])
+    with patch(pipeline, config) as patched:
+        torch.testing.assert_close(generate(pipeline, 12), expected.latents, atol=1e-5, rtol=1e-5)
+        assert [entry.frames for entry in patched.retrieved] == [entry.frames for entry in expected.retrieved]
+
+
 @pytest.mark.parametrize("family", sorted(ATTENTIONS))
 def test_every_family_is_told_by_its_arguments(family: str) -> None:
     with patch(Pipeline(family, **SIZES), CONFIG) as patched:
@@ -334,9 +347,9 @@ class TestRefusals:
         with pytest.raises(TypeError, match="config must be a RetrievalConfig, got dict"):
             patch(pipeline, {"memory_frames": 6})
 
-    def test_a_draft_query(self, pipeline: Pipeline) -> None:
-        with pytest.raises(ValueError, match="config.query"):
-            patch(pipeline, RetrievalConfig(query="draft"))
+    def test_a_draft_query_of_rolling_forcing(self) -> None:
+        with pytest.raises(ValueError, match="config.query must be 'latest' for Rolling Forcing"):
+            patch(Pipeline("Rolling Forcing", **SIZES), RetrievalConfig(query="draft"))
 
 
 def test_a_failed_patch_leaves_the_model_alone(pipeline: Pipeline) -> None:

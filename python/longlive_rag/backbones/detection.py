@@ -68,6 +68,11 @@ def find_backbone(model: Any) -> Backbone:
     raise TypeError(_nothing_found(model))
 
 
+def holds_causal_attention(module: nn.Module) -> bool:
+    """Whether there is any cached self-attention in it, of a known family or not."""
+    return any(_is_attention(child) for child in module.modules())
+
+
 def _roots(model: Any) -> list[nn.Module]:
     roots = [getattr(model, name, None) for name in HOLDERS] + [model]
     return [root for root in roots if isinstance(root, nn.Module)]

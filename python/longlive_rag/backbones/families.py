@@ -34,6 +34,8 @@ class Family:
     name = "Self-Forcing"
     extra = frozenset({"cache_start"})
     """Names that its attention takes beyond `COMMON`."""
+    drafts = True
+    """Whether the first pass over a block is its first denoising step, whose result can ask for memory."""
 
     def begin(self, sequence: Sequence, start: int, frames: int, latents: Tensor, arguments: Arguments) -> None:
         """A pass over the frames ``start .. start + frames`` begins; `latents` [B, F, C, H, W] are its input."""

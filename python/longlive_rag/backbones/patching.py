@@ -18,6 +18,7 @@ from longlive_rag.backbones.detection import Backbone, find_backbone
 from longlive_rag.backbones.sequences import Sequence
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.embedding import AveragePool, Embedding
+from longlive_rag.generation.sampler import STEPS
 from longlive_rag.memory import Retrieval, RetrievalMemory
 from longlive_rag.selection import Selection
 
@@ -63,14 +64,14 @@ def patch(
         config = RetrievalConfig()
     if not isinstance(config, RetrievalConfig):
         raise TypeError(f"config must be a RetrievalConfig, got {type(config).__name__}")
-    if config.query != "latest":
-        raise ValueError(
-            f"config.query must be 'latest' for a patched model, whose denoising steps are not known, got "
-            f"{config.query!r}"
-        )
     backbone = find_backbone(model)
     if hasattr(backbone.transformer, _MARK):
         raise ValueError("model is patched already; call unpatch() on what patch() returned first")
+    if config.query == "draft" and not backbone.family.drafts:
+        raise ValueError(
+            f"config.query must be 'latest' for {backbone.family.name}, whose blocks share their denoising steps, got "
+            f"'draft'"
+        )
     make_memory = functools.partial(
         RetrievalMemory,
         config,
@@ -93,6 +94,7 @@ class _Pass:
     """[B, F, C, H, W]."""
     sequence: Sequence | None = None
     frames: int = 0
+    begins_block: bool = False
 
 
 @dataclass
@@ -147,6 +149,11 @@ class Patched:
         """What each block of the last video got from memory: `.block_start`, `.frames` [B][k], `.similarity` [B][k]."""
         return self._sequences[0].sequence.retrieved if self._sequences else []
 
+    @property
+    def finished(self) -> list[list[Retrieval]]:
+        """`retrieved` of each video before the last one."""
+        return self._sequences[0].sequence.finished if self._sequences else []
+
     def reset(self) -> None:
         """Forget the videos so far. A pipeline that begins another video does not need it."""
         for tracked in self._sequences:
@@ -188,11 +195,22 @@ class Patched:
             if isinstance(latents, Tensor) and latents.ndim == 5:
                 self._pass = _Pass(latents.transpose(1, 2))
             try:
-                return original(*args, **kwargs)
+                flow = original(*args, **kwargs)
+                if self._pass is not None and self._pass.begins_block and self.config.query == "draft":
+                    self._ask_with_draft(self._pass, flow, kwargs["t"])
+                return flow
             finally:
                 self._pass = outer
 
         return forward
+
+    @torch.compiler.disable
+    def _ask_with_draft(self, passed: _Pass, flow: Any, timestep: Tensor) -> None:
+        """Flow matching: the flow [B, C, F, H, W] at a timestep [B] or [B, F] implies the clean latents."""
+        flow = torch.stack(list(flow)) if isinstance(flow, (list, tuple)) else flow
+        sigma = timestep.reshape(timestep.shape[0], -1, 1, 1, 1) / STEPS
+        assert passed.sequence is not None
+        passed.sequence.memory.retrieve((passed.latents - sigma * flow.transpose(1, 2)).to(flow.dtype))
 
     def _attention_forward(self, layer: int, attention: Any, original: Callable[..., Any]) -> Callable[..., Any]:
         names = self._backbone.parameters
@@ -249,7 +267,9 @@ class Patched:
             )
         sequence = self._sequence(arguments, (grid[1], grid[2]))
         self._pass.sequence, self._pass.frames = sequence, frames
+        before = sequence.block
         self._backbone.family.begin(sequence, current_start // tokens, frames, self._pass.latents, arguments)
+        self._pass.begins_block = sequence.block is not before
 
     def _sequence(self, arguments: dict[str, Any], grid: tuple[int, int]) -> Sequence:
         """The sequence of a key-value cache, told by the tensor that holds the first layer's keys."""

@@ -14,6 +14,7 @@ class RollingForcing(Family):
 
     name = "Rolling Forcing"
     extra = frozenset({"cache_start", "updating_cache"})
+    drafts = False
 
     def begin(self, sequence: Sequence, start: int, frames: int, latents: Tensor, arguments: Arguments) -> None:
         sequence.begin(start, frames, latents, CleanPlan if arguments.get("updating_cache") else WindowPlan)

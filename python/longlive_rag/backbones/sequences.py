@@ -32,6 +32,8 @@ class Sequence:
         """Frame of the pipeline that is the memory's frame 0."""
         self.notes: dict[str, Any] = {}
         """What the family remembers of the video."""
+        self.finished: list[list[Retrieval]] = []
+        """What the videos before this one got from memory, on the CPU."""
         self._earlier: list[Retrieval] = []
         self._block: range | None = None
         self._plan_type: PlanType = ContextPlan
@@ -72,14 +74,14 @@ class Sequence:
         self._latents = latents.detach().clone()
 
     def restart(self) -> None:
-        """Forget everything but the record: the next pass begins a new video, wherever it is."""
+        """Forget all frames; the video goes on."""
         self._earlier = self.retrieved
         self._restarted = True
         self._forget()
 
     def reset(self) -> None:
-        """Forget everything."""
-        self._earlier = []
+        """Forget everything but the record: the next pass begins a new video."""
+        self._end_video()
         self._forget()
 
     def close(self) -> None:
@@ -99,13 +101,23 @@ class Sequence:
                 f"config leaves a local window of {self.config.local_frames} latent frames, but the model makes blocks "
                 f"of {len(block)}; raise context_frames, or lower sink_frames or memory_frames"
             )
+        if self._block is not None and block.start <= self._origin:
+            self._end_video()
         if self._block is None or block.start < self._origin:
             self.memory.reset()
             self._origin = block.start
-        elif block.start == self._origin:
-            self._earlier = []
         self.memory.begin(plan_type(self.config, block.start - self._origin, len(block)))
         self._block, self._plan_type, self._restarted = block, plan_type, False
+
+    def _end_video(self) -> None:
+        if self.retrieved:
+            self.finished.append(
+                [
+                    replace(entry, frame_table=entry.frame_table.cpu(), similarity_table=entry.similarity_table.cpu())
+                    for entry in self.retrieved
+                ]
+            )
+        self._earlier = []
 
     def _forget(self) -> None:
         self.notes.clear()

@@ -1,0 +1,69 @@
+"""`longlive-rag run`: somebody's script, unchanged, generates with memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parents[1]
+SCRIPT = f"""
+import sys
+sys.path.insert(0, {str(TESTS)!r})
+import torch
+from support.causal_doubles import Pipeline
+torch.set_grad_enabled(False)
+torch.manual_seed(0)
+family, blocks = sys.argv[1], int(sys.argv[2])
+sizes = dict(dim=32, ffn_dim=32, freq_dim=16, text_dim=8, text_len=4, num_heads=2, num_layers=1)
+pipeline = Pipeline(family, **sizes)
+for video in range(2):
+    cache = pipeline.cache(1, 10)
+    for block in range(blocks):
+        latents, prompt = torch.randn(1, 1, 16, 2, 4), torch.ones(1, 4, 8)
+        for level in (1000.0, 0.0):
+            pipeline.generator(latents, prompt, torch.full((1, 1), level), kv_cache=cache, current_start=block * 2)
+print("sizes of the cache:", *cache[0]["k"].shape)
+"""
+OPTIONS = ["--context-frames", "5", "--memory-frames", "2", "--recency-guard", "0", "--block-frames", "1"]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "longlive_rag", "run", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> str:
+    path = tmp_path / "inference.py"
+    path.write_text(SCRIPT)
+    return str(path)
+
+
+def test_a_script_generates_with_memory(tmp_path: Path, script: str) -> None:
+    log = tmp_path / "log.json"
+    result = run(*OPTIONS, "--log", str(log), "--", sys.executable, script, "LongLive", "9")
+    assert result.returncode == 0, result.stderr
+    assert "LongLive model patched, 2 videos with memory" in result.stderr
+    assert "sizes of the cache: 1 0 2 16" in result.stdout
+    (report,) = json.loads(log.read_text())
+    assert [[block["start"] for block in video] for video in report["videos"]] == [[6, 7, 8]] * 2
+
+
+def test_a_script_that_calls_no_model(tmp_path: Path) -> None:
+    result = run("--", sys.executable, "-c", "import torch; torch.nn.Linear(1, 1)(torch.ones(1))")
+    assert result.returncode == 2
+    assert "called no causal video transformer" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_config_that_does_not_fit_the_model(script: str) -> None:
+    result = run("--query", "draft", "--", sys.executable, script, "Rolling Forcing", "1")
+    assert result.returncode == 2
+    assert "config.query must be 'latest'" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_the_script_s_own_status_is_passed_on() -> None:
+    assert run("--", sys.executable, "-c", "raise SystemExit(7)").returncode == 7
