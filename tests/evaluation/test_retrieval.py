@@ -10,7 +10,7 @@ import torch
 
 from longlive_rag import RetrievalConfig
 from longlive_rag.demo import world
-from longlive_rag.demo.backbone import load_codec
+from longlive_rag.demo.backbone import ASSETS, load_codec
 from longlive_rag.embedding import AveragePool, LatentAutoencoder
 from longlive_rag.evaluation.embeddings import (
     comparison_table,
@@ -124,3 +124,11 @@ def test_report_of_embeddings(truth, tmp_path: Path):
     assert (tmp_path / "embeddings.png").stat().st_size > 10_000
     table = comparison_table(report)
     assert "average pool" in table and "for other latents" in table
+
+
+def test_the_bundled_encoder_finds_the_place_and_mostly_the_beat(truth):
+    encoder = LatentAutoencoder.from_checkpoint(ASSETS / "encoder.safetensors")
+    measured = measure_on_world(encoder, truth, CONFIG)
+    for track in measured["tracks"].values():
+        assert track["queries"]["draft"]["precision_at_1"]["mean"] > 0.97
+        assert track["queries"]["draft"]["best_at_1"]["mean"] > 0.85
