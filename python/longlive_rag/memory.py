@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -200,6 +201,12 @@ class RetrievalMemory:
         assert turned is not None
         return ops.attend(turned, k_pages, v_pages, slots, positions, query_position, self._frequencies)
 
+    def rewrite(self, layer: int, frames: Iterable[int], k: Tensor, v: Tensor) -> None:
+        """Put keys, normalised, and values [B, F, T, H, D] into the pages of frames made earlier, where they have any."""
+        table = torch.tensor(list(frames), dtype=torch.int32, device=self.device).expand(self.batch, -1)
+        k_pages, v_pages = self.bank.k_pages[layer], self.bank.v_pages[layer]
+        ops.insert(k, v, None, self._rotation, k_pages, v_pages, self.bank.slots(table))
+
     def scale_time(self, scale: float) -> None:
         """Multiply all temporal distances by `scale` from the next pass on (`t_scale` of LongLive 2); at first 1."""
         torch.mul(self._wan_frequencies, scale, out=self._frequencies)
@@ -268,7 +275,7 @@ class RetrievalMemory:
         host = torch.tensor([frames, places], dtype=torch.int32).to(self.device, non_blocking=True)
         slots.copy_(self.bank.slots(host[0].expand(self.batch, -1)))
         positions.copy_(host[1].expand(self.batch, -1))
-        query_position.copy_(torch.tensor(plan.query_positions(), dtype=torch.int32).expand(self.batch, -1))
+        query_position.copy_(torch.tensor(plan.query_positions(), dtype=torch.int32), non_blocking=True)
         block = torch.arange(plan.start, plan.end, dtype=torch.int32, device=self.device)
         block_slots.copy_(self.bank.slots(block.expand(self.batch, -1)))
 

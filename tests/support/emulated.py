@@ -59,7 +59,7 @@ def build(*edits: Edit) -> ModuleType:
     command = [*compiler, *FLAGS, f"-I{source}"]
     objects = [_compile(command, file, []) for file in sorted(source.glob("cuda/*.cu"))]
     objects.append(_compile(command, source / "bindings.cpp", includes))
-    library = CACHE / f"_C_{_digest(*objects)}.so"
+    library = CACHE / f"_C_{digest(*objects)}.so"
     if not library.exists():
         _run([*compiler, "-shared", *map(str, objects), "-o"], library)
     return _load(library)
@@ -122,7 +122,7 @@ def _compile(command: list[str], file: Path, includes: list[str]) -> Path:
     command = [*command, *includes, "-x", "c++"]
     listing = subprocess.run([*command, "-MM", str(file)], capture_output=True, text=True, check=True).stdout
     dependencies = [Path(name) for name in listing.replace("\\\n", " ").split()[1:]]
-    target = CACHE / f"{file.stem}_{_digest(*dependencies)}.o"
+    target = CACHE / f"{file.stem}_{digest(*dependencies)}.o"
     if not target.exists():
         _run([*command, "-c", str(file), "-o"], target)
     return target
@@ -137,7 +137,7 @@ def _run(command: list[str], output: Path) -> None:
     partial.rename(output)
 
 
-def _digest(*files: Path) -> str:
+def digest(*files: Path) -> str:
     digest = hashlib.sha256("\0".join(FLAGS).encode())
     for file in sorted(files):
         digest.update(file.read_bytes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,8 @@ PEERS = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDN
 def rows(machine: Machine) -> Iterator[Row]:
     for case, (heads, head_dim, tokens, frames, context) in (CASES if machine.cuda else CPU_CASES).items():
         dtype = torch.bfloat16 if machine.cuda else torch.float32
-        like = {"device": machine.device, "dtype": dtype}
-        ints = {"device": machine.device, "dtype": torch.int32}
+        like: dict[str, Any] = {"device": machine.device, "dtype": dtype}
+        ints: dict[str, Any] = {"device": machine.device, "dtype": torch.int32}
         sets = machine.sets(2 * context * heads * tokens * head_dim * dtype.itemsize)
         q = torch.randn(1, frames * tokens, heads, head_dim, **like)
         pools = [torch.randn(2, context + 4, heads, tokens, head_dim, **like) for _ in range(sets)]

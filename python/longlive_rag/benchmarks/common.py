@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -174,7 +175,7 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
-def plot(rows: Sequence[Row], path: str) -> None:
+def plot(rows: Sequence[Row], path: Path) -> None:
     """Bars of our time, the limit and the peers, each relative to ours."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

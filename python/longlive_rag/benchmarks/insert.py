@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def rows(machine: Machine) -> Iterator[Row]:
     for case, (heads, height, width, frames) in (CASES if machine.cuda else CPU_CASES).items():
         dtype = torch.bfloat16 if machine.cuda else torch.float32
         tokens, dim = height * width, heads * HEAD_DIM
-        like = {"device": machine.device, "dtype": dtype}
+        like: dict[str, Any] = {"device": machine.device, "dtype": dtype}
         moved = 6 * frames * tokens * dim * dtype.itemsize  # K, V and Q, read and written
         sets = machine.sets(moved)
         fused = [torch.randn(1, frames, tokens, 3, heads, HEAD_DIM, **like) for _ in range(sets)]
@@ -42,7 +43,9 @@ def rows(machine: Machine) -> Iterator[Row]:
             slots: Tensor = slots,
         ) -> object:
             q, k, v = fused[index].unbind(3)
-            return ops.insert(k, v, weights[0], rotation, *pages[index], slots, q=q, q_weight=weights[1])
+            return ops.insert(
+                k, v, weights[0], rotation, pages[index][0], pages[index][1], slots, q=q, q_weight=weights[1]
+            )
 
         def eager(
             index: int,

@@ -37,22 +37,25 @@ def rows(machine: Machine) -> Iterator[Row]:
         def attend(
             index: int, memory: RetrievalMemory = memory, fused: list[Tensor] = fused, weight: Tensor = weight
         ) -> object:
-            return memory.attend(0, *fused[index].unbind(3), q_weight=weight, k_weight=weight)
+            q, k, v = fused[index].unbind(3)
+            return memory.attend(0, q, k, v, q_weight=weight, k_weight=weight)
 
         def attend_window(
             index: int, window: RetrievalMemory = window, fused: list[Tensor] = fused, weight: Tensor = weight
         ) -> object:
-            return window.attend(0, *fused[index].unbind(3), q_weight=weight, k_weight=weight)
+            q, k, v = fused[index].unbind(3)
+            return window.attend(0, q, k, v, q_weight=weight, k_weight=weight)
 
         def attend_naively(
             index: int, naive: NaiveLayer = naive, fused: list[Tensor] = fused, weight: Tensor = weight
         ) -> object:
-            return naive.attend(*fused[index].unbind(3), weight)
+            q, k, v = fused[index].unbind(3)
+            return naive.attend(q, k, v, weight)
 
         ours, without_memory = machine.seconds([attend, attend_window], sets=sets)
         (theirs,) = machine.seconds([attend_naively], sets=min(sets, 4), graph=False)
         work = 4 * frames * tokens * config.context_frames * tokens * heads * HEAD_DIM
-        peers = {"without memory, same context": without_memory, "naive": theirs}
+        peers: dict[str, float | None] = {"without memory, same context": without_memory, "naive": theirs}
         yield Row("layer", case, ours, work / machine.matmul_rate, "matmul rate", peers)
 
 

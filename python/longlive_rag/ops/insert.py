@@ -163,11 +163,22 @@ def _cuda_insert(
         _reference(k, v, k_weight, rotation, k_pages, v_pages, slots, eps)
 
 
-def _cuda_insert_with_query(q: Tensor, q_weight: Tensor | None, k: Tensor, *frames: object) -> Tensor:
+def _cuda_insert_with_query(
+    q: Tensor,
+    q_weight: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    k_weight: Tensor | None,
+    rotation: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    eps: float,
+) -> Tensor:
     if not _has_kernel(k):
-        return _reference_with_query(q, q_weight, k, *frames)
+        return _reference_with_query(q, q_weight, k, v, k_weight, rotation, k_pages, v_pages, slots, eps)
     q_out = _fake_with_query(q, q_weight)
-    _launch(k, *frames, q, q_weight, q_out)  # type: ignore[arg-type]
+    _launch(k, v, k_weight, rotation, k_pages, v_pages, slots, eps, q, q_weight, q_out)
     return q_out
 
 

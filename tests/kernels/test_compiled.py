@@ -1,0 +1,82 @@
+"""What nvcc makes of the kernels for every architecture that is shipped: no spills, no warnings, the instructions that
+the design counts on. Needs no GPU; skipped where there is no nvcc."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from support import emulated
+
+CMAKE = (emulated.CSRC.parent / "CMakeLists.txt").read_text()
+CACHE = emulated.CSRC.parent / "build" / "compiled"
+# Instructions in every instance of a kernel, by file; the 16-byte accesses and the tensor core products.
+INSTRUCTIONS = {
+    "insert": ["LDG.E.128", "STG.E.128"],
+    "retrieve": ["LDG.E.128", "SHFL", "ATOM"],
+    "attend": ["HMMA.16816.F32", "LDGSTS.E.BYPASS.LTC128B.128", "LDSM.16.M88.4", "LDSM.16.MT88.4", "MUFU.EX2"],
+}
+INSTRUCTIONS_SM90 = ["HGMMA", "UTMALDG", "SYNCS", "MUFU.EX2"]
+
+
+def architectures() -> list[str]:
+    """Those that CMakeLists.txt compiles machine code for, with the newest toolkit."""
+    lists = re.findall(r"set\(CMAKE_CUDA_ARCHITECTURES ([\w -]+)\)", CMAKE)
+    return [name for name in max(lists, key=len).replace("-real", "").split() if not name.endswith("-virtual")]
+
+
+def toolkit(name: str) -> str:
+    """A program of the CUDA toolkit, or of its packages on PyPI."""
+    installed = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
+    found = shutil.which(name) or next(map(str, installed.glob(f"*/bin/{name}")), None)
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+def compile_kernels(file: str, architecture: str) -> tuple[Path, str]:
+    """The machine code of a source file and what the compiler said; kept by the content of the sources."""
+    sources = sorted(path for path in emulated.CSRC.rglob("*") if path.suffix in (".h", ".cuh"))
+    source = emulated.CSRC / "cuda" / f"{file}.cu"
+    target = CACHE / f"{file}_{architecture}_{emulated.digest(source, *sources)}.cubin"
+    log = target.with_suffix(".log")
+    if not log.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = f"nvcc -std=c++20 -arch=sm_{architecture} -Xptxas -v -cubin -DLONGLIVE_RAG_SM90".split()
+        result = subprocess.run(
+            [toolkit("nvcc"), *command[1:], f"-I{emulated.CSRC}", "-o", target, source], capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        log.write_text(result.stderr)
+    return target, log.read_text()
+
+
+def kernels(architecture: str) -> list[str]:
+    return [*INSTRUCTIONS, *(["attend_sm90"] if architecture == "90a" else [])]
+
+
+@pytest.mark.parametrize(
+    ("file", "architecture"),
+    [(file, architecture) for architecture in architectures() for file in kernels(architecture)],
+)
+def test_machine_code(file: str, architecture: str) -> None:
+    cubin, log = compile_kernels(file, architecture)
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    assert spills and not any(map(int, spills)), log
+    assert "warning" not in log.lower() and not re.search(r"C75\d\d", log), log
+    environment = os.environ | {"PATH": f"{Path(toolkit('nvdisasm')).parent}{os.pathsep}{os.environ['PATH']}"}
+    listing = subprocess.run(
+        [toolkit("cuobjdump"), "-sass", cubin], capture_output=True, text=True, check=True, env=environment
+    ).stdout
+    functions = [part for part in listing.split("Function : ")[1:] if f"{file.removesuffix('_sm90')}" in part[:200]]
+    assert functions
+    for function in functions:
+        name = function.split()[0]
+        missing = [i for i in INSTRUCTIONS.get(file, INSTRUCTIONS_SM90) if i not in function]
+        assert not missing, f"{name} has no {', '.join(missing)}"

@@ -1,0 +1,127 @@
+"""The operations inside CUDA graphs: captured once, replayed with new tables and data, no host in between."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from longlive_rag import RetrievalConfig, RetrievalMemory, ops, rotary
+from longlive_rag.embedding import AveragePool
+from longlive_rag.models import CausalWanModel
+
+pytestmark = pytest.mark.cuda
+CUDA = torch.device("cuda")
+
+
+def capture(call: object) -> torch.cuda.CUDAGraph:
+    """Warm up on a side stream, as PyTorch asks, and capture."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()  # type: ignore[operator]
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()  # type: ignore[operator]
+    return graph
+
+
+def test_retrieval_reaches_attention_on_the_device() -> None:
+    """Search, page table and attention in one graph; new keys and a new range give what eager calls give."""
+    heads, tokens, head_dim, frames = 2, 30, 128, 20
+    torch.manual_seed(0)
+    keys = torch.randn(1, frames, 64, device=CUDA)
+    inverse_norms = torch.empty(1, frames, device=CUDA)
+    query = torch.randn(1, 64, device=CUDA)
+    first, last = (torch.zeros(1, dtype=torch.int32, device=CUDA) for _ in range(2))
+    frame_slots = torch.randperm(frames).int().to(CUDA)[None]
+    table = torch.full((1, 4), -1, dtype=torch.int32, device=CUDA)
+    pages = torch.randn(2, frames, heads, tokens, head_dim, device=CUDA).bfloat16()
+    q = torch.randn(1, tokens, heads, head_dim, device=CUDA).bfloat16()
+    positions = torch.zeros(1, 4, dtype=torch.int32, device=CUDA)
+    query_position = torch.full((1, 1), 9, dtype=torch.int32, device=CUDA)
+    rotation = rotary.temporal_frequencies(head_dim, CUDA)
+    out = torch.empty_like(q)
+
+    def step() -> None:
+        inverse_norms.copy_(1 / keys.norm(dim=-1))
+        ops.retrieve(query, keys, inverse_norms, first, last, 4, frame_slots=frame_slots, slots=table)
+        out.copy_(ops.attend(q, pages[0], pages[1], table, positions, query_position, rotation))
+
+    graph = capture(step)
+    for low, high in ((0, 20), (3, 5), (7, 7)):
+        keys.normal_()
+        first.fill_(low)
+        last.fill_(high)
+        graph.replay()
+        replayed, slots = out.clone(), table.clone()
+        step()
+        assert torch.equal(slots, table) and torch.equal(replayed, out)
+        assert (table >= 0).sum() == min(4, high - low)
+
+
+@torch.no_grad()
+def test_a_block_is_captured_once_and_replayed_for_the_next() -> None:
+    """All passes of a block through a transformer with memory, without a synchronisation."""
+    torch.manual_seed(0)
+    config = RetrievalConfig(context_frames=6, sink_frames=1, memory_frames=2, recency_guard=1, block_frames=2)
+    with torch.device(CUDA):
+        model = CausalWanModel(
+            dim=256, ffn_dim=256, freq_dim=64, text_dim=32, text_len=8, num_heads=2, num_layers=2, in_dim=16, out_dim=16
+        ).bfloat16()
+    prompt = model.prepare_prompt(torch.randn(1, 8, 32, device=CUDA).bfloat16())
+    frames = torch.randn(24, 16, 8, 12, device=CUDA)
+
+    def video(replay: bool) -> Tensor:
+        memory = RetrievalMemory(
+            config, batch=1, layers=2, heads=2, head_dim=128, grid=(4, 6), device=CUDA, dtype=torch.bfloat16,
+            embedding=AveragePool(), capacity=24,
+        )  # fmt: skip
+        latents = torch.empty(1, 2, 16, 8, 12, device=CUDA)
+        flow = torch.empty_like(latents)
+        noisy, clean = (torch.full((1, 2), timestep, device=CUDA) for timestep in (500.0, 0.0))
+
+        def passes() -> None:
+            flow.copy_(model(latents, noisy, prompt, memory))
+            flow.copy_(model(latents - 0.5 * flow, clean, prompt, memory))
+
+        graph, flows = None, []
+        for start in range(0, 24, 2):
+            latents.copy_(frames[None, start : start + 2])
+            memory.begin_block(start, 2)
+            if not replay:
+                passes()
+            elif graph is None:
+                graph = capture(passes)
+                graph.replay()
+            else:
+                torch.cuda.set_sync_debug_mode("error")
+                graph.replay()
+                torch.cuda.set_sync_debug_mode("default")
+            memory.commit(latents)
+            flows.append(flow.clone())
+        assert memory.retrieved
+        return torch.cat(flows)
+
+    assert torch.equal(video(replay=True), video(replay=False))
+
+
+@torch.no_grad()
+def test_a_block_begins_without_waiting_for_the_device() -> None:
+    """Laying out a block, searching the memory and committing never synchronise with the host."""
+    config = RetrievalConfig()
+    memory = RetrievalMemory(
+        config, batch=2, layers=1, heads=2, head_dim=64, grid=(2, 3), device=CUDA, dtype=torch.bfloat16,
+        embedding=AveragePool(), capacity=40,
+    )  # fmt: skip
+    q = torch.randn(2, 3, 6, 2, 64, device=CUDA).bfloat16()
+    latents = torch.randn(2, 3, 16, 4, 6, device=CUDA)
+    for start in range(0, 36, 3):
+        if start == 24:
+            torch.cuda.set_sync_debug_mode("error")
+        memory.begin_block(start, 3)
+        memory.attend(0, q, q, q)
+        memory.commit(latents)
+    torch.cuda.set_sync_debug_mode("default")
+    assert memory.retrieved[-1].frames
