@@ -97,9 +97,7 @@ def test_two_ranks_train_what_one_does(latents_folder: Path, tmp_path: Path):
     arguments = ["train", "--data", str(latents_folder), "--output", str(tmp_path / "two"), *TINY, *more]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, "-m", "longlive_rag", *arguments], env=environment, capture_output=True, text=True
-    )
+    done = subprocess.run([*launch, "-m", "longlive_rag", *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [[json.loads(line) for line in (tmp_path / run / "metrics.jsonl").open()] for run in ("one", "two")]
     for mine, theirs in zip(*lines, strict=True):

@@ -51,14 +51,13 @@ def test_only_what_is_missing_is_made(tmp_path: Path):
     assert again.made == [1, 5]
 
 
-def test_ranks_share_the_videos_without_gap_or_overlap(tmp_path: Path):
-    whole = tmp_path / "whole"
-    write_corpus(Numbers(), whole, 7)
+@pytest.mark.parametrize("together", [True, False])
+def test_ranks_share_the_videos_without_gap_or_overlap(tmp_path: Path, together: bool):
+    """Whether all ranks look at the empty folder at once, or each when those before it have finished."""
     made = []
     for rank in range(3):
-        folder = tmp_path / f"rank{rank}"  # as if all ranks had looked at the empty folder at once
         source = Numbers()
-        write_corpus(source, folder, 7, Ranks(rank, 3, 0))
+        write_corpus(source, tmp_path / (str(rank) if together else "common"), 7, Ranks(rank, 3, 0))
         made += source.made
     assert sorted(made) == list(range(7))
 

@@ -189,3 +189,16 @@ def test_sizes_default_to_the_paper_and_for_small_frames_to_less():
     small = TrainingOptions(seed=3, epochs=7).config(8, 8)
     assert (small.embedding_dim, small.hidden_dims) == (128, (32, 64))
     assert (small.seed, small.epochs) == (3, 7)
+
+
+@pytest.mark.cuda
+def test_it_learns_in_mixed_precision_on_a_gpu(latents_folder: Path, tmp_path: Path):
+    config = replace(CONFIG, epochs=30, delta_weight=0, smooth_weight=0)
+    (tmp_path / "run").mkdir()
+    run = Trainer(
+        config, open_corpus(latents_folder, 8), tmp_path / "run", ranks=Ranks(), device=torch.device("cuda", 0)
+    )
+    assert run.dtype == torch.float16 and run.scaler.is_enabled()
+    assert run.run()
+    _, lines = outcome(tmp_path / "run")
+    assert lines[-1]["train"]["total"] < 0.6 * lines[0]["train"]["total"]

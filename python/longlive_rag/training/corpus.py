@@ -60,7 +60,8 @@ def write_corpus(source: LatentSource, folder: str | Path, videos: int, ranks: R
     folder = output_folder(folder)
     _claim(folder, source.settings)
     missing = [number for number in range(videos) if not video_path(folder, number).exists()]
-    mine = missing[ranks.rank :: ranks.world]
+    # By number, not by place in the list: another rank may be at work already, and see another list.
+    mine = [number for number in missing if number % ranks.world == ranks.rank]
     _check_room(folder, len(missing) * source.video_bytes)
     with tqdm(total=len(mine), desc="videos", unit="video", disable=not ranks.first) as progress:
         for first in range(0, len(mine), source.batch):

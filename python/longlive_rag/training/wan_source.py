@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 from pathlib import Path
 
 import torch
@@ -84,7 +85,7 @@ def wan_source(
         return embeds[which][None].to(device), {"prompt": texts[which]}
 
     shape = (model.in_dim, height // VAE_FACTOR, width // VAE_FACTOR)
-    return GeneratorSource(
+    source = GeneratorSource(
         model,
         pool,
         shape,
@@ -95,3 +96,8 @@ def wan_source(
         seed=seed,
         name=f"{backbone} {weights.name}",
     )
+    source.settings |= {
+        "lora": lora.name if lora else "none",
+        "prompts": hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16],
+    }
+    return source
