@@ -202,7 +202,7 @@ class RetrievalMemory:
         return ops.attend(turned, k_pages, v_pages, slots, positions, query_position, self._frequencies)
 
     def rewrite(self, layer: int, frames: Iterable[int], k: Tensor, v: Tensor) -> None:
-        """Put keys, normalised, and values [B, F, T, H, D] into the pages of frames made earlier, where they have any."""
+        """Put keys, normalised, and values [B, F, T, H, D] into the pages of earlier frames, where they have any."""
         table = torch.tensor(list(frames), dtype=torch.int32, device=self.device).expand(self.batch, -1)
         k_pages, v_pages = self.bank.k_pages[layer], self.bank.v_pages[layer]
         ops.insert(k, v, None, self._rotation, k_pages, v_pages, self.bank.slots(table))

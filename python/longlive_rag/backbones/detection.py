@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from longlive_rag import rotary
 from longlive_rag.backbones.families import COMMON, CausVid, Family, LongLive, LongLiveRAG, MemFlow
 from longlive_rag.backbones.infinity_rope import InfinityRoPE
+from longlive_rag.backbones.krea import Krea
 from longlive_rag.backbones.longlive2 import LongLive2
 from longlive_rag.backbones.rolling_forcing import RollingForcing
 
 FAMILIES: tuple[Family, ...] = (
+    Krea(),
     Family(),
     CausVid(),
     LongLive(),
@@ -103,9 +105,9 @@ def _attentions(root: nn.Module) -> dict[str, list[nn.Module]]:
 
 def _family(attention: nn.Module, parameters: tuple[str, ...]) -> Family:
     for family in FAMILIES:
-        if set(parameters) == COMMON | family.extra:
+        if set(parameters) == COMMON | family.extra and all(hasattr(attention, name) for name in family.attributes):
             return family
-    known = "; ".join(f"{family.name}: {', '.join(sorted(family.extra))}" for family in FAMILIES)
+    known = "; ".join(f"{family.name}: {', '.join(sorted(family.extra | family.attributes))}" for family in FAMILIES)
     raise TypeError(
         f"model's attention ({type(attention).__name__}) takes ({', '.join(parameters)}); looked for one that takes "
         f"({', '.join(sorted(COMMON))}) and what distinguishes one family ({known})"

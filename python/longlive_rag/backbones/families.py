@@ -7,7 +7,7 @@ classes all have the same one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -34,12 +34,22 @@ class Family:
     name = "Self-Forcing"
     extra = frozenset({"cache_start"})
     """Names that its attention takes beyond `COMMON`."""
+    attributes: frozenset[str] = frozenset()
+    """What its attention has besides, where the names are not enough."""
+    has_clean_pass = True
+    """Whether the last pass over a block takes its clean latents; otherwise they are what that pass predicts."""
+    reads_cache = False
+    """Whether the pipeline goes by the size of its own cache, which then cannot be freed."""
     drafts = True
     """Whether the first pass over a block is its first denoising step, whose result can ask for memory."""
 
     def begin(self, sequence: Sequence, start: int, frames: int, latents: Tensor, arguments: Arguments) -> None:
         """A pass over the frames ``start .. start + frames`` begins; `latents` [B, F, C, H, W] are its input."""
         sequence.begin(start, frames, latents)
+
+    def observe(self, sequence: Sequence, frames: int, latents: Tensor, arguments: Arguments) -> Iterable[int] | None:
+        """Frames of the memory whose keys a pass makes anew, if that is all it is for; the model answers it itself."""
+        return None
 
     def output(self, x: Tensor, arguments: Arguments) -> Any:
         """What the attention returns, given the tensor [B, L, H * D]. Here, the indices of the cache move at once."""

@@ -6,7 +6,7 @@ import functools
 import gc
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -54,7 +54,7 @@ def patch(
         device_frames: at most this many latent frames of each video on the GPU; older ones wait in host memory (see
             `RetrievalMemory`).
         release_cache: free the keys and values of the pipeline's own cache, which nothing reads any more, the first
-            time it is passed (see `Patched.released_bytes`).
+            time it is passed (see `Patched.released_bytes`); not for krea realtime, whose pipeline goes by its size.
 
     Raises:
         TypeError: model holds no causal transformer of a known family.
@@ -83,7 +83,7 @@ def patch(
         capacity=capacity,
         device_frames=device_frames,
     )
-    return Patched(backbone, config, make_memory, release_cache)
+    return Patched(backbone, config, make_memory, release_cache and not backbone.family.reads_cache)
 
 
 @dataclass
@@ -95,6 +95,8 @@ class _Pass:
     sequence: Sequence | None = None
     frames: int = 0
     begins_block: bool = False
+    observed: tuple[int, ...] | None = None
+    """Frames whose keys the pass makes anew, if it is only that."""
 
 
 @dataclass
@@ -196,8 +198,8 @@ class Patched:
                 self._pass = _Pass(latents.transpose(1, 2))
             try:
                 flow = original(*args, **kwargs)
-                if self._pass is not None and self._pass.begins_block and self.config.query == "draft":
-                    self._ask_with_draft(self._pass, flow, kwargs["t"])
+                if self._pass is not None and self._pass.sequence is not None and self._pass.observed is None:
+                    self._note_prediction(self._pass, flow, kwargs)
                 return flow
             finally:
                 self._pass = outer
@@ -205,12 +207,19 @@ class Patched:
         return forward
 
     @torch.compiler.disable
-    def _ask_with_draft(self, passed: _Pass, flow: Any, timestep: Tensor) -> None:
-        """Flow matching: the flow [B, C, F, H, W] at a timestep [B] or [B, F] implies the clean latents."""
-        flow = torch.stack(list(flow)) if isinstance(flow, (list, tuple)) else flow
-        sigma = timestep.reshape(timestep.shape[0], -1, 1, 1, 1) / STEPS
+    def _note_prediction(self, passed: _Pass, flow: Any, arguments: Mapping[str, Any]) -> None:
+        """Flow matching: the flow [B, C, F, H, W] at the timestep `t`, [B] or [B, F], implies the clean latents."""
+        asks = passed.begins_block and self.config.query == "draft"
+        if not asks and self._backbone.family.has_clean_pass:
+            return
         assert passed.sequence is not None
-        passed.sequence.memory.retrieve((passed.latents - sigma * flow.transpose(1, 2)).to(flow.dtype))
+        flow = torch.stack(list(flow)) if isinstance(flow, (list, tuple)) else flow
+        sigma = arguments["t"].reshape(flow.shape[0], -1, 1, 1, 1) / STEPS
+        clean = (passed.latents - sigma * flow.transpose(1, 2)).to(flow.dtype)
+        if not self._backbone.family.has_clean_pass:
+            passed.sequence.predicted(clean)
+        if asks:
+            passed.sequence.memory.retrieve(clean)
 
     def _attention_forward(self, layer: int, attention: Any, original: Callable[..., Any]) -> Callable[..., Any]:
         names = self._backbone.parameters
@@ -226,6 +235,9 @@ class Patched:
             if self._release_cache:
                 self._release(arguments["kv_cache"])
             q, k, v = self._project(attention, arguments["x"], self._pass.frames)
+            if self._pass.observed is not None:
+                self._rewrite(layer, k, v)
+                return original(*args, **kwargs)
             out = self._attend(layer, q, k, v)
             return family.output(attention.o(out.flatten(2)), arguments)
 
@@ -237,10 +249,19 @@ class Patched:
         assert self._pass is not None and self._pass.sequence is not None, "the first layer's attention begins a pass"
         return self._pass.sequence.memory.attend(layer, q, k, v)
 
+    @torch.compiler.disable
+    def _rewrite(self, layer: int, k: Tensor, v: Tensor) -> None:
+        assert self._pass is not None and self._pass.sequence is not None and self._pass.observed is not None
+        self._pass.sequence.memory.rewrite(layer, self._pass.observed, k, v)
+
     @staticmethod
     def _project(attention: Any, x: Tensor, frames: int) -> tuple[Tensor, Tensor, Tensor]:
         """Normalised queries and keys, and values, [B, F, T, H, D]."""
-        q, k, v = attention.norm_q(attention.q(x)), attention.norm_k(attention.k(x)), attention.v(x)
+        if getattr(attention, "fused_projections", False):
+            q, k, v = attention.to_qkv(x).chunk(3, dim=-1)
+        else:
+            q, k, v = attention.q(x), attention.k(x), attention.v(x)
+        q, k = attention.norm_q(q), attention.norm_k(k)
         # A norm with a float32 weight returns float32.
         q, k, v = (
             tensor.to(v.dtype).unflatten(2, (attention.num_heads, attention.head_dim)).unflatten(1, (frames, -1))
@@ -267,8 +288,12 @@ class Patched:
             )
         sequence = self._sequence(arguments, (grid[1], grid[2]))
         self._pass.sequence, self._pass.frames = sequence, frames
-        before = sequence.block
-        self._backbone.family.begin(sequence, current_start // tokens, frames, self._pass.latents, arguments)
+        family, latents, before = self._backbone.family, self._pass.latents, sequence.block
+        observed = family.observe(sequence, frames, latents, arguments)
+        if observed is not None:
+            self._pass.observed = tuple(observed)
+            return
+        family.begin(sequence, current_start // tokens, frames, latents, arguments)
         self._pass.begins_block = sequence.block is not before
 
     def _sequence(self, arguments: dict[str, Any], grid: tuple[int, int]) -> Sequence:
@@ -295,7 +320,7 @@ class Patched:
         return sequence
 
     def _make_memory(self, x: Tensor, grid: tuple[int, int]) -> RetrievalMemory:
-        values = self._backbone.attentions[0].v(x[:, :1])
+        *_, values = self._project(self._backbone.attentions[0], x[:, :1], 1)
         return self._new_memory(batch=x.shape[0], grid=grid, device=x.device, dtype=values.dtype)
 
     def _needs_gradients(self, attention: nn.Module, x: Tensor) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from longlive_rag.config import RetrievalConfig
@@ -43,7 +44,9 @@ class Sequence:
     @property
     def memory(self) -> RetrievalMemory:
         if self._memory is None:
-            self._memory = self._make_memory()
+            # What is made in inference mode could not be reset outside of it.
+            with torch.inference_mode(False):
+                self._memory = self._make_memory()
         return self._memory
 
     @property
@@ -72,6 +75,10 @@ class Sequence:
             self._next(block, plan_type)
         # The pipeline may go on to overwrite its input.
         self._latents = latents.detach().clone()
+
+    def predicted(self, latents: Tensor) -> None:
+        """The pass predicted these clean latents; for pipelines that do not pass them."""
+        self._latents = latents
 
     def restart(self) -> None:
         """Forget all frames; the video goes on."""
