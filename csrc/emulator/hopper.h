@@ -84,17 +84,21 @@ inline Mbarrier& mbarrier(uint64_t* barrier) {
 inline void mbarrier_init(uint64_t* barrier, unsigned arrivals) {
   *reinterpret_cast<Mbarrier*>(barrier) = {0, arrivals, arrivals, 0, 1};
 }
-inline void mbarrier_turn(Mbarrier& state) {
-  if (state.pending != 0 || state.bytes != 0) return;
+inline bool mbarrier_turn(Mbarrier& state) {
+  if (state.pending != 0 || state.bytes != 0) return false;
   state.phase ^= 1;
   state.pending = state.expected;
+  return true;
 }
 inline void mbarrier_arrive(uint64_t* barrier, uint32_t expected_bytes) {
   Mbarrier& state = mbarrier(barrier);
   if (state.pending == 0) fault("more threads arrive at an mbarrier than it was initialised for");
   state.bytes += expected_bytes;
   state.pending -= 1;
-  mbarrier_turn(state);
+  if (!mbarrier_turn(state)) return;
+  // Those who waited for the phase run first: what the calling thread should have done before it arrived but
+  // does only now, it does too late.
+  wait_until("mbarrier.arrive", [polls = 0]() mutable { return ++polls > 2; });
 }
 // Waits until the phase of this parity is over.
 inline void mbarrier_wait(uint64_t* barrier, unsigned parity) {

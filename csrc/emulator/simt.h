@@ -3,10 +3,10 @@
 //
 // Every CUDA thread is a fiber. It runs until it has to wait for others: at a barrier, or at an operation a
 // whole warp or warpgroup performs together. The schedule is greedy: one warp runs as far as it possibly can
-// before the next one starts, in rising or falling order, and within a warp one lane before the next. A
-// missing barrier then shows at once, because the data it should have waited for is not there. What is
-// asynchronous on a GPU (cp.async, TMA, wgmma) lands as late as the program allows, and its destination holds
-// NaN until then.
+// before the next one starts, in rising or falling order (SIMT_ORDER=reverse; SIMT_ORDER=late3 holds warp 3
+// up as long as another can run), and within a warp one lane before the next. A missing barrier then shows at
+// once, because the data it should have waited for is not there. What is asynchronous on a GPU (cp.async,
+// TMA, wgmma) lands as late as the program allows, and its destination holds NaN until then.
 //
 // Blocks run one after the other, so waiting for another block is a deadlock here as it may be on a GPU.
 #pragma once
@@ -184,12 +184,18 @@ inline bool advance(unsigned warp, bool reverse) {
   return moved;
 }
 
-inline void run_block(bool reverse) {
+// Warp `late`, if there is one, gets on only while no other can.
+inline void run_block(bool reverse, unsigned late) {
   const auto warps = static_cast<unsigned>(block->warps.size());
   for (bool moved = true; moved;) {
     moved = false;
-    for (unsigned i = 0; i < warps; ++i)
-      while (advance(reverse ? warps - 1 - i : i, reverse)) moved = true;
+    for (unsigned i = 0; i < warps; ++i) {
+      const unsigned warp = reverse ? warps - 1 - i : i;
+      if (warp == late) continue;
+      while (advance(warp, reverse)) moved = true;
+    }
+    // A few times, because a wait may ask for others to come first.
+    for (int i = 0; i < 3 && !moved && late < warps; ++i) moved = advance(late, reverse);
   }
   for (unsigned i = 0; i < block->threads.size(); ++i)
     if (!block->threads[i].finished)
@@ -206,6 +212,8 @@ inline void launch(dim3 grid, dim3 threads, size_t shared_bytes, std::function<v
   constexpr size_t kAlignment = 1024, kGuard = 256;
   const char* order = std::getenv("SIMT_ORDER");
   const bool reverse = order && std::strcmp(order, "reverse") == 0;
+  const auto late =
+      order && std::strncmp(order, "late", 4) == 0 ? static_cast<unsigned>(std::atoi(order + 4)) : ~0u;
   const unsigned count = threads.x * threads.y * threads.z, blocks = grid.x * grid.y * grid.z;
   const std::unique_ptr<char[]> stacks(new char[count * kStackBytes]);
   const std::unique_ptr<unsigned char[]> memory(new unsigned char[shared_bytes + kGuard + kAlignment]);
@@ -226,7 +234,7 @@ inline void launch(dim3 grid, dim3 threads, size_t shared_bytes, std::function<v
     state.warpgroups.resize((count + kWarpgroup - 1) / kWarpgroup);
     for (unsigned t = 0; t < count; ++t)
       detail::start_fiber(state.threads[t], stacks.get() + t * kStackBytes);
-    detail::run_block(reverse);
+    detail::run_block(reverse, late);
     for (size_t byte = shared_bytes; byte < shared_bytes + kGuard; ++byte)
       if (state.shared[byte] != kPoison) throw std::logic_error("a store went past the end of shared memory");
   }
