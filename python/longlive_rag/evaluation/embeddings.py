@@ -178,7 +178,7 @@ def draw_comparison(report: Mapping[str, Any], path: Path) -> None:
         for name, result in measured.items():
             _draw_lags(axes, name, result["tracks"][track]["similarity_by_lag"], colours[name])
         axes.set_title(f"{track}: similarity against time lag (colours as above)", fontsize=10)
-    bottom = rows[2].subgridspec(1, len(files)) if files else None
+    bottom = rows[-1].subgridspec(1, max(1, len(files)))
     for column, (file, results) in enumerate(files.items()):
         axes = figure.add_subplot(bottom[column])
         for name, result in results.items():
