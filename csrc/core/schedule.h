@@ -89,12 +89,10 @@ LONGLIVE_HOST_DEVICE Piece piece_at(const Schedule& s, int block, int index) {
 // multiprocessors, so 32 bits do for ten million steps.
 LONGLIVE_HOST_DEVICE int step_at(int numerator, int of, int steps) { return numerator * steps / of; }
 
-// Tokens in a key tile: wgmma takes multiples of 16, and a tile does not go past the end of its page.
-constexpr int kKeyTiles[] = {176, 144, 128, 112};
-
-// The key tile with the largest useful fraction of its rows; of equals the largest, which takes the fewest
-// steps.
+// Tokens in a key tile: the one with the largest useful fraction of its rows, since a tile does not go past
+// the end of its page; of equals the largest, which takes the fewest steps.
 LONGLIVE_HOST_DEVICE int choose_key_tile(int tokens) {
+  constexpr int kKeyTiles[] = {176, 144, 128, 112};  // wgmma takes multiples of 16
   int best = 0;
   int64_t best_rows = 0;
   for (const int tile : kKeyTiles) {
