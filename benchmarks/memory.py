@@ -3,7 +3,7 @@
     python benchmarks/memory.py --json benchmarks/results/memory_small_world.json
 
 Every policy makes the same videos (same noise, same inhabitants), so that they compare in pairs; intervals are 95%
-bootstrap over videos. Takes about a quarter of an hour on four CPU cores.
+bootstrap over videos. Takes about a quarter of an hour on two CPU cores.
 """
 
 from __future__ import annotations
@@ -75,8 +75,10 @@ def draw(path: Path, tracks: dict[str, Any]) -> None:
         axis.set_yticks(rows, [policy["label"] for policy in facts["policies"].values()])
         axis.set_xlim(0, 1.02)
         axis.set_title(f"{track}, {facts['frames']} frames")
-        axis.set_xlabel("inhabitants that are still themselves when they come back (bar: chance)")
-    figure.axes[0].legend(loc="lower right", fontsize=9)
+    figure.supxlabel(
+        "share of inhabitants that are still themselves when they come back (black bar: chance)", fontsize=10
+    )
+    figure.axes[0].legend(loc="upper right", fontsize=9)
     with atomic_path(path) as partial:
         figure.savefig(partial, dpi=120)
 

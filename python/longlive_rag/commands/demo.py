@@ -24,7 +24,7 @@ class Demo:
     """Folder for the results; created if it is missing."""
     seed: int = 0
     """Of the noise and of the inhabitants."""
-    laps: int = 6
+    laps: int = 5
     """Times the camera goes over the whole world; at least 2, and always enough for 120 frames."""
     track: Literal["cuts", "pans"] = "cuts"
     """The camera cuts between four places, or pans over them and back."""

@@ -126,7 +126,8 @@ def draw_memory(path: Path, walk: world.Walk, videos: Mapping[str, Videos], vide
     apart = np.abs(walk.views[:, None] - walk.views[None])
     same_place = apart < world.VIEWS_PER_PLACE // 2
     shade = np.where(same_place & (time[None] < time[:, None]), 1.0, np.nan).T
-    returns = sorted({event.frame for event in revisits(walk)})
+    events = revisits(walk)
+    returns = sorted({event.frame for event in events})
     axes = np.atleast_1d(figure.subplots(1, len(videos), sharey=True))
     for axis, (name, clip) in zip(axes, videos.items(), strict=True):
         axis.imshow(shade, origin="lower", cmap="Greys", vmin=0, vmax=6, interpolation="nearest")
@@ -136,8 +137,11 @@ def draw_memory(path: Path, walk: world.Walk, videos: Mapping[str, Videos], vide
         ringed = np.isin(starts, returns)
         points = axis.scatter(starts, frames, c=similarity, s=9, cmap="viridis", vmin=0.3, vmax=1.0, zorder=3)
         axis.scatter(starts[ringed], frames[ringed], s=42, facecolors="none", edgecolors="tab:red", zorder=4)
-        right = np.mean(same_place[starts, frames][ringed])
-        axis.set_title(f"{POLICIES[name].label}: at a return, {100 * right:.0f}% show the place", fontsize=12)
+        recalled = {
+            r.block_start: [world.visible_spots(int(walk.views[f])) for f in r.frames[video]] for r in clip.recalls
+        }
+        shown = np.mean([any(event.spot in spots for spots in recalled[event.frame]) for event in events])
+        axis.set_title(f"{POLICIES[name].label}: shows {100 * shown:.0f}% of those who come back", fontsize=12)
         axis.axvline(walk.lap - 0.5, color="tab:red", linewidth=1, linestyle="--")
         axis.set_xlabel("frame being made (dashed: the first lap ends; ringed: somebody comes back)")
     axes[0].set_ylabel("frame that memory gave back (grey: it shows the same place)")
