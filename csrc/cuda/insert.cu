@@ -9,7 +9,7 @@ void insert(const InsertArguments& a, void* stream) {
     using T = decltype(element);
     const int vectors = a.heads * a.head_dim / Vector<T>::kSize;
     const int held = vectors <= kInsertThreads ? 1 : vectors <= 2 * kInsertThreads ? 2 : 4;
-    static_assert(kInsertMaxWidth / Vector<T>::kSize <= 4 * kInsertMaxThreads, "the widest row fits a block");
+    static_assert(insert_max_threads<T>(4) <= 1024, "the widest row fits a block");
     const int threads = ((vectors + held - 1) / held + kWarpSize - 1) / kWarpSize * kWarpSize;
     const auto kernel = held == 1   ? insert_kernel<T, 1>
                         : held == 2 ? insert_kernel<T, 2>

@@ -8,13 +8,18 @@
 
 namespace longlive {
 
-constexpr int kInsertMaxThreads = 1024;
 // A thread holds one vector unless the row would take more threads than this: three blocks then still share
 // an SM and hide each other's reduction. By occupancy arithmetic, unmeasured.
 constexpr int kInsertThreads = 640;
 
+// Threads of the largest block in which each holds `held` vectors.
+template <class T>
+constexpr int insert_max_threads(int held) {
+  return held < 4 ? kInsertThreads : kInsertMaxWidth / Vector<T>::kSize / 4;
+}
+
 struct InsertShared {
-  float partial[kInsertMaxThreads / kWarpSize];  // sum of squares of each warp
+  float partial[kWarpSize];  // sum of squares of each warp
 };
 
 template <class T>
@@ -26,7 +31,7 @@ __device__ __forceinline__ float load_weight(const InsertTensor& tensor, int col
 // Grid: (batch * frames * tokens, 3 for K, V and Q or 2 without Q). A thread holds
 // `kHeld` vectors; `head_reciprocal` is 2^32 / head_dim, rounded up.
 template <class T, int kHeld>
-__global__ void __launch_bounds__(kInsertMaxThreads)
+__global__ void __launch_bounds__(insert_max_threads<T>(kHeld))
     insert_kernel(const InsertArguments a, const unsigned head_reciprocal) {
   using Row = Vector<T>;
   const int tokens = a.tokens, heads = a.heads, head_dim = a.head_dim;

@@ -204,6 +204,17 @@ def test_slots_may_be_anywhere(device: torch.device) -> None:
     assert torch.equal(ops.attend(*moved), ops.attend(*case))
 
 
+def test_pools_at_any_address(device: torch.device) -> None:
+    """A contiguous view that begins in the middle of a 16-byte word gives what its copy gives."""
+    case = make_case(device, torch.bfloat16)
+
+    def moved(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+
+    away = case._replace(q=moved(case.q), k_pages=moved(case.k_pages), v_pages=moved(case.v_pages))
+    assert torch.equal(ops.attend(*away), ops.attend(*case))
+
+
 def test_repeats_bit_for_bit(device: torch.device) -> None:
     case = make_case(device, torch.bfloat16, frames=2, tokens=40, entries=3)
     assert torch.equal(ops.attend(*case), ops.attend(*case))

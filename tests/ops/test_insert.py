@@ -127,6 +127,17 @@ def test_rows_at_any_address(device: torch.device, offset: int) -> None:
     assert torch.equal(pages[0], pages[2]) and torch.equal(pages[1], pages[3])
 
 
+def test_pools_at_any_address(device: torch.device) -> None:
+    torch.manual_seed(0)
+    k = torch.randn(1, 1, 4, 1, 64).to(device, torch.bfloat16)
+    rotation, slots = rotation_table(4, 20).to(device), torch.zeros(1, 1, dtype=torch.int32, device=device)
+    pages = poisoned(2, 1, 1, 4, 64, dtype=k.dtype, device=device)
+    ops.insert(k, k, None, rotation, pages[0], pages[1], slots)
+    moved = poisoned(2 * 4 * 64 + 1, dtype=k.dtype, device=device)[1:].view_as(pages)
+    ops.insert(k, k, None, rotation, moved[0], moved[1], slots)
+    assert torch.equal(moved, pages)
+
+
 def test_a_frame_does_not_depend_on_its_batch(device: torch.device) -> None:
     torch.manual_seed(1)
     k = torch.randn(3, 2, 6, 4, 64).to(device, torch.bfloat16)

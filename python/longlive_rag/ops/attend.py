@@ -248,6 +248,7 @@ def _launch(
     scale: float,
 ) -> None:
     tables = [table.contiguous() for table in (slots, positions, query_position, rotation)]
+    q, k_pages, v_pages = (_cuda.aligned(tensor, 0) for tensor in (q, k_pages, v_pages))
     tensors = [q, k_pages, v_pages, *tables, out, lse]
     sizes = _Sizes((*q.shape, k_pages.shape[2], slots.shape[1], rotation.shape[0]), _cuda.DTYPE_CODES[q.dtype])
     if _is_hopper(q.device) and _hopper_workspace(q.device, sizes) is not None:

@@ -157,7 +157,7 @@ def _cuda_insert(
     slots: Tensor,
     eps: float,
 ) -> None:
-    if _has_kernel(k):
+    if _has_kernel(k, k_pages, v_pages):
         _launch(k, v, k_weight, rotation, k_pages, v_pages, slots, eps, None, None, None)
     else:
         _reference(k, v, k_weight, rotation, k_pages, v_pages, slots, eps)
@@ -175,17 +175,18 @@ def _cuda_insert_with_query(
     slots: Tensor,
     eps: float,
 ) -> Tensor:
-    if not _has_kernel(k):
+    if not _has_kernel(k, k_pages, v_pages):
         return _reference_with_query(q, q_weight, k, v, k_weight, rotation, k_pages, v_pages, slots, eps)
     q_out = _fake_with_query(q, q_weight)
     _launch(k, v, k_weight, rotation, k_pages, v_pages, slots, eps, q, q_weight, q_out)
     return q_out
 
 
-def _has_kernel(k: Tensor) -> bool:
+def _has_kernel(k: Tensor, k_pages: Tensor, v_pages: Tensor) -> bool:
     """What csrc/cuda/insert.cuh handles; the rest is left to the reference."""
     heads, head_dim = k.shape[3:]
-    return k.dtype in _cuda.DTYPE_CODES and head_dim % 8 == 0 and heads * head_dim <= MAX_WIDTH
+    aligned = k_pages.data_ptr() % 16 == 0 and v_pages.data_ptr() % 16 == 0
+    return k.dtype in _cuda.DTYPE_CODES and head_dim % 8 == 0 and heads * head_dim <= MAX_WIDTH and aligned
 
 
 def _launch(
