@@ -7,9 +7,9 @@ import torch
 from longlive_rag import rotary
 from longlive_rag.context import UNUSED, ContextPlan
 from longlive_rag.demo import training_data, world
-from longlive_rag.demo.backbone import Backbone, load_codec
+from longlive_rag.demo.backbone import Backbone, load_codec, load_encoder
 from longlive_rag.demo.joint_attention import JointAttention
-from longlive_rag.demo.policies import POLICIES, FlattenedLatent
+from longlive_rag.demo.policies import POLICIES
 from longlive_rag.demo.training_data import CHUNK, COLUMNS, NOISY, LatentWorld
 from longlive_rag.memory import RetrievalMemory
 from longlive_rag.selection import OracleSelection
@@ -41,7 +41,7 @@ def test_joint_attention_equals_the_cached_rollout(name):
         grid=(4, 4),
         device="cpu",
         dtype=torch.float32,
-        embedding=FlattenedLatent(),
+        embedding=load_encoder(),
         selection=OracleSelection(chosen_frames),
     )
     context = torch.zeros(batch, CHUNK, COLUMNS, dtype=torch.long)

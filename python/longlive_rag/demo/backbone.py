@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from longlive_rag.demo import world
 from longlive_rag.demo.codec import LATENT_CHANNELS, Codec
+from longlive_rag.embedding import LatentAutoencoder
 from longlive_rag.models.causal_wan import Attention, CausalWanModel, Prompt
 
 ASSETS = Path(__file__).parent / "assets"
@@ -67,6 +68,11 @@ def load_backbone(path: Path = ASSETS / "backbone.safetensors") -> Backbone:
     backbone = Backbone()
     _load(backbone, path)
     return backbone.eval().requires_grad_(False)
+
+
+def load_encoder(path: Path = ASSETS / "encoder.safetensors") -> LatentAutoencoder:
+    """The bundled retrieval encoder, trained on the backbone's own videos; raises as `load_codec`."""
+    return LatentAutoencoder.from_checkpoint(path).requires_grad_(False)
 
 
 def _load(module: nn.Module, path: Path) -> None:

@@ -15,9 +15,16 @@ import torch
 from torch import Tensor
 
 from longlive_rag.demo import world
-from longlive_rag.demo.backbone import DENOISING_STEPS, TIMESTEP_SHIFT, Backbone, load_backbone, load_codec
+from longlive_rag.demo.backbone import (
+    DENOISING_STEPS,
+    TIMESTEP_SHIFT,
+    Backbone,
+    load_backbone,
+    load_codec,
+    load_encoder,
+)
 from longlive_rag.demo.codec import LATENT_CHANNELS, LATENT_SIZE, Codec
-from longlive_rag.demo.policies import POLICIES, FlattenedLatent, Policy
+from longlive_rag.demo.policies import POLICIES, Policy
 from longlive_rag.embedding import Embedding
 from longlive_rag.generation.rollout import FinishedBlock, stream
 
@@ -103,7 +110,7 @@ def generate(
         noise.split(policy.config.block_frames, dim=1),
         prompt_schedule(model, walk),
         policy.config,
-        embedding=embedding or FlattenedLatent(),
+        embedding=embedding or load_encoder(),
         denoising_steps=DENOISING_STEPS,
         timestep_shift=TIMESTEP_SHIFT,
         seed=seed,

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from longlive_rag.config import Query, RetrievalConfig
 from longlive_rag.demo import world
@@ -20,14 +19,6 @@ from longlive_rag.selection import (
 )
 
 CONTEXT, MEMORY = 6, 2
-
-
-class FlattenedLatent:
-    """The latent frame itself as its embedding, D = C * H * W: layout and motion phase stay in it."""
-
-    def embed(self, latents: Tensor) -> Tensor:
-        """Latents [N, C, H, W] to [N, C * H * W]."""
-        return latents.flatten(1)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def save_autoencoder(model: LatentAutoencoder, path: Path) -> None:
 def _read_released(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         reason = (str(error) or "it ends early").splitlines()[0]
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(content, dict) or not {"model", "config"} <= content.keys():

@@ -7,7 +7,7 @@ generation a `RetrievalMemory`.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +77,8 @@ class CausalWanModel(nn.Module):
             raise ValueError(f"patch_size must keep latent frames apart, (1, rows, columns), got {patch_size}")
         self.dim, self.freq_dim, self.text_dim, self.text_len = dim, freq_dim, text_dim, text_len
         self.num_heads, self.num_layers, self.head_dim = num_heads, num_layers, dim // num_heads
-        self.in_dim, self.out_dim, self.patch_size, self.eps = in_dim, out_dim, tuple(patch_size), eps
+        self.in_dim, self.out_dim, self.eps = in_dim, out_dim, eps
+        self.patch_size = (1, patch_size[1], patch_size[2])
 
         self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=patch_size, stride=patch_size)
         self.text_embedding = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
@@ -119,7 +120,7 @@ class CausalWanModel(nn.Module):
             )
         padded = F.pad(prompt_embeds, (0, 0, 0, self.text_len - prompt_embeds.shape[1]))
         text = self.text_embedding(padded.to(self.patch_embedding.weight.dtype))
-        return [block.cross_attn.prepare(text) for block in self.blocks]
+        return [cast(Block, block).cross_attn.prepare(text) for block in self.blocks]
 
     def forward(self, latents: Tensor, timestep: Tensor, prompt: Prompt, attention: Attention) -> Tensor:
         """Predict the flow of one block.
