@@ -372,6 +372,32 @@ def test_longlive2_refuses_a_cache_that_is_emptied_within_a_block() -> None:
             pipeline.generator(noise(1), prompt, torch.zeros(1, 1), **call)
 
 
+def test_krea_refuses_a_cache_that_misses_frames() -> None:
+    """Of a block of three, a cache of three holds the first frame of the video and the newest two."""
+    pipeline = Pipeline("krea realtime", **SIZES)
+    cache, prompt = pipeline.cache(1, 8 * TOKENS), torch.ones(1, 4, 8)
+    config = RetrievalConfig(context_frames=6, sink_frames=1, memory_frames=2, block_frames=3)
+    with patch(pipeline, config):
+        pipeline.generator(noise(3), prompt, torch.full((1, 3), 500.0), kv_cache=cache, current_start=0)
+        call = {"kv_cache": cache, "current_start": 3 * TOKENS}
+        pipeline.transformer.block_mask = torch.ones(3 * TOKENS, 3 * TOKENS, dtype=torch.bool)
+        pipeline.generator(noise(3), prompt, torch.zeros(1, 3), **call)
+        pipeline.transformer.block_mask = None
+        pipeline.generator(noise(3), prompt, torch.full((1, 3), 500.0), **call)
+        pipeline.transformer.block_mask = torch.ones(3 * TOKENS, 3 * TOKENS, dtype=torch.bool)
+        with pytest.raises(ValueError, match="kv_cache_num_frames must be at least 4"):
+            pipeline.generator(noise(3), prompt, torch.zeros(1, 3), **call)
+
+
+def test_inference_mode_and_back(pipeline: Pipeline) -> None:
+    with patch(pipeline, CONFIG) as patched:
+        cache = pipeline.cache(1, 5 * TOKENS)
+        with torch.inference_mode():
+            first = generate(pipeline, 8, cache=cache)
+        patched.reset()
+        assert torch.equal(generate(pipeline, 8, cache=cache), first)
+
+
 def test_wrapper_class_is_irrelevant() -> None:
     """Detection goes by attributes: the same contract under other names is the same family."""
     renamed = type("Anything", (Attention,), {})

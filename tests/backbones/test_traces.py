@@ -89,6 +89,8 @@ class Trace:
         """Drive the patched double as the family's pipeline does."""
         if self.family == "Rolling Forcing":
             return _roll(self)
+        if self.family == "krea realtime":
+            return _with_a_cache_filled_anew(self)
         return _block_by_block(self)
 
 
@@ -201,6 +203,30 @@ def _roll(trace: Trace) -> Tensor:
                 target = slice((first + offset) * frames, (first + offset + 1) * frames)
                 latents[:, target] = (1 - next_sigma) * clean[:, own] + next_sigma * fresh[:, own]
         predict(clean[:, :frames], torch.zeros(batch, frames), first, True)
+    return output
+
+
+def _with_a_cache_filled_anew(trace: Trace) -> Tensor:
+    """krea realtime: the first and the newest frames fill the cache before each block, numbered from its left end."""
+    case, frames = trace.case, trace.case["block_frames"]
+    cached, pipeline, noise = case["context_frames"] - frames, trace.pipeline, trace.noise
+    cache, prompt = pipeline.cache(noise.shape[0], case["context_frames"] * trace.tokens), trace.prompt()
+    output, draws = torch.zeros_like(noise), itertools.count()
+    for start in range(0, noise.shape[1], frames):
+        call = {"kv_cache": cache, "current_start": min(start, cached) * trace.tokens}
+        if start:
+            context = torch.cat([output[:, :1], output[:, 1:start][:, 1 - cached :]], dim=1)
+            block = torch.arange(context.shape[1]).repeat_interleave(trace.tokens) // frames
+            pipeline.transformer.block_mask = block[:, None] >= block
+            pipeline.generator(context, prompt, torch.zeros(context.shape[:2]), **call)
+            pipeline.transformer.block_mask = None
+        latents = noise[:, start : start + frames]
+        for step, timestep in enumerate(trace.timesteps):
+            flow = pipeline.generator(latents, prompt, torch.full(latents.shape[:2], timestep), **call)
+            output[:, start : start + frames] = clean = latents - timestep / 1000 * flow
+            if step + 1 < len(trace.timesteps):
+                sigma = trace.timesteps[step + 1] / 1000
+                latents = (1 - sigma) * clean + sigma * trace.renoise(next(draws), frames)
     return output
 
 

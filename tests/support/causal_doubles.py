@@ -41,6 +41,27 @@ class Attention(nn.Module):
         return self.uncached(x, kv_cache)
 
 
+class KreaAttention(Attention):
+    """With a block mask, its frames fill the cache, each block of them seeing itself and those before."""
+
+    fused_projections = False
+
+    def forward(self, x, seq_lens, grid_sizes, freqs, block_mask, kv_cache=None, current_start=0, cache_start=None):
+        if block_mask is None:
+            return self.uncached(x, kv_cache)
+        frames, rows, columns = grid_sizes[0].tolist()
+        temporal = torch.outer(torch.arange(frames), rotary.temporal_frequencies(self.head_dim))
+        angle = torch.stack([temporal.cos(), temporal.sin()], -1)[:, None, None].expand(-1, rows * columns, -1, -1, -1)
+        spatial = rotary.spatial_rotation(rows, columns, self.head_dim)[None, :, None].expand(frames, -1, -1, -1, -1)
+        rotation = torch.cat([angle.float(), spatial], dim=-2).flatten(0, 1)
+        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(x)), self.v(x)
+        q, k, v = (tensor.unflatten(2, (self.num_heads, -1)) for tensor in (q, k, v))
+        q, k = rotary.rotate_pairs(q, rotation), rotary.rotate_pairs(k, rotation)
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=block_mask)
+        return self.o(out.transpose(1, 2).flatten(2))
+
+
 class CausVidAttention(Attention):
     def forward(self, x, seq_lens, grid_sizes, freqs, block_mask, kv_cache=None, current_start=0, current_end=0):
         return self.uncached(x, kv_cache)
@@ -112,6 +133,7 @@ class LongLive2Attention(Attention):
 
 ATTENTIONS: dict[str, type[Attention]] = {
     "Self-Forcing": Attention,
+    "krea realtime": KreaAttention,
     "CausVid": CausVidAttention,
     "Rolling Forcing": RollingForcingAttention,
     "Infinity-RoPE": InfinityRoPEAttention,
@@ -131,6 +153,7 @@ class Transformer(nn.Module):
         for name, module in parts.named_children():
             self.add_module(name, module)
         self.patch_size, self.freq_dim, self.dim = parts.patch_size, parts.freq_dim, parts.dim
+        self.block_mask: Tensor | None = None
         for block in self.blocks:
             block.self_attn = attention(parts.dim, parts.num_heads)
         spatial = rotary.spatial_frequencies(parts.head_dim)
@@ -155,11 +178,11 @@ class Transformer(nn.Module):
                 return y.unflatten(1, (frames, -1))
 
             inner = (frames_of(block.norm1(tokens)) * (1 + scale1) + shift1).flatten(1, 2)
+            seq_lens = torch.tensor([inner.shape[1]] * batch)
             # Positional, as the public blocks call it.
             out = block.self_attn(
-                inner, torch.tensor([inner.shape[1]] * batch), grid_sizes, self.freqs, None, cache, current_start,
-                **extra,
-            )  # fmt: skip
+                inner, seq_lens, grid_sizes, self.freqs, self.block_mask, cache, current_start, **extra
+            )
             if cache is not None and isinstance(out, tuple):
                 out, (current_end, local_end, update) = out
                 ends.append((cache, current_end, local_end, update))

@@ -6,7 +6,8 @@ import functools
 import gc
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -84,6 +85,13 @@ def patch(
         device_frames=device_frames,
     )
     return Patched(backbone, config, make_memory, release_cache and not backbone.family.reads_cache)
+
+
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """Tensors that live on: made in inference mode, they could not be written to outside of it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 @dataclass
@@ -213,13 +221,14 @@ class Patched:
         if not asks and self._backbone.family.has_clean_pass:
             return
         assert passed.sequence is not None
-        flow = torch.stack(list(flow)) if isinstance(flow, (list, tuple)) else flow
-        sigma = arguments["t"].reshape(flow.shape[0], -1, 1, 1, 1) / STEPS
-        clean = (passed.latents - sigma * flow.transpose(1, 2)).to(flow.dtype)
-        if not self._backbone.family.has_clean_pass:
-            passed.sequence.predicted(clean)
-        if asks:
-            passed.sequence.memory.retrieve(clean)
+        with _ordinary_tensors():
+            flow = torch.stack(list(flow)) if isinstance(flow, (list, tuple)) else flow
+            sigma = arguments["t"].reshape(flow.shape[0], -1, 1, 1, 1) / STEPS
+            clean = (passed.latents - sigma * flow.transpose(1, 2)).to(flow.dtype)
+            if not self._backbone.family.has_clean_pass:
+                passed.sequence.predicted(clean)
+            if asks:
+                passed.sequence.memory.retrieve(clean)
 
     def _attention_forward(self, layer: int, attention: Any, original: Callable[..., Any]) -> Callable[..., Any]:
         names = self._backbone.parameters
@@ -289,11 +298,12 @@ class Patched:
         sequence = self._sequence(arguments, (grid[1], grid[2]))
         self._pass.sequence, self._pass.frames = sequence, frames
         family, latents, before = self._backbone.family, self._pass.latents, sequence.block
-        observed = family.observe(sequence, frames, latents, arguments)
-        if observed is not None:
-            self._pass.observed = tuple(observed)
-            return
-        family.begin(sequence, current_start // tokens, frames, latents, arguments)
+        with _ordinary_tensors():
+            observed = family.observe(sequence, frames, latents, arguments)
+            if observed is not None:
+                self._pass.observed = tuple(observed)
+                return
+            family.begin(sequence, current_start // tokens, frames, latents, arguments)
         self._pass.begins_block = sequence.block is not before
 
     def _sequence(self, arguments: dict[str, Any], grid: tuple[int, int]) -> Sequence:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from longlive_rag.config import RetrievalConfig
@@ -44,9 +43,7 @@ class Sequence:
     @property
     def memory(self) -> RetrievalMemory:
         if self._memory is None:
-            # What is made in inference mode could not be reset outside of it.
-            with torch.inference_mode(False):
-                self._memory = self._make_memory()
+            self._memory = self._make_memory()
         return self._memory
 
     @property
