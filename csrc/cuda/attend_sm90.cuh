@@ -215,7 +215,8 @@ __device__ __forceinline__ void rotate_pieces(const AttendSm90Parameters& p, Sha
   for (int index = 0; index < shared.pieces; ++index) {
     const PlannedPiece& plan = wait_for_plan(shared, index);
     const int sample = plan.sample, first_frame = plan.first_frame;
-    int entry = plan.entry, pages = plan.pages;
+    // Without turning pairs the query is the same for all pages.
+    int entry = plan.entry, pages = p.a.pairs > 0 ? plan.pages : min(plan.pages, 1);
     release_plan(shared, index);
 #pragma unroll 1
     for (; pages > 0; --pages, ++count) {
@@ -392,7 +393,7 @@ struct Consumer {
       }
       if (++tile == steps_per_page) {
         tile = 0;
-        rotate_query(plan);
+        if (p.a.pairs > 0) rotate_query(plan);
       }
       ptx::mbarrier_wait(&shared.key_full[ring.stage], ring.parity);
       if (kOverlap) await_turn();

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from longlive_rag import ops, rotary
-from longlive_rag.ops import attend as attend_module
+from longlive_rag.ops._cuda import DTYPE_CODES
+from longlive_rag.ops.attend import _is_hopper, _launch_sm80, _Sizes
 from support import emulated
 
 KERNEL, LAUNCHER = "cuda/attend_sm90.cuh", "cuda/attend_sm90.cu"
@@ -276,13 +277,13 @@ def test_faults_are_caught(fault, monkeypatch):
 def test_agrees_with_the_other_kernel(dtype, sizes):
     """On Hopper: the kernel for sm_80 and newer computes the same."""
     device = torch.device("cuda", torch.cuda.current_device())
-    if not attend_module._is_hopper(device):
+    if not _is_hopper(device):
         pytest.skip(f"{torch.cuda.get_device_name()} is not a Hopper GPU")
     case = Case(*(tensor.to(device) for tensor in make_case(dtype, **sizes)))
     sm90, sm90_lse = ops.attend(*case, return_lse=True)
     out, lse = torch.full_like(sm90, torch.nan), torch.full_like(sm90_lse, torch.nan)
     shape = (*case.q.shape, case.k_pages.shape[2], case.slots.shape[1], case.rotation.shape[0])
-    code = attend_module._cuda.DTYPE_CODES[dtype]
-    attend_module._launch_sm80([*case, out, lse], attend_module._Sizes(shape, code), case.q.shape[3] ** -0.5)
+    code = DTYPE_CODES[dtype]
+    _launch_sm80([*case, out, lse], _Sizes(shape, code), case.q.shape[3] ** -0.5)
     assert (sm90.double() - out.double()).norm() < 2 * torch.finfo(dtype).eps * out.double().norm()
     torch.testing.assert_close(sm90_lse, lse, atol=1e-4, rtol=1e-5)

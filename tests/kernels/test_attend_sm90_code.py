@@ -20,12 +20,7 @@ namespace longlive {{
 template __global__ void attend_sm90_kernel<{}>(const __grid_constant__ AttendSm90Parameters);
 }}
 """
-VARIANTS = [
-    "__nv_bfloat16, 128, 112, 2",
-    "__nv_bfloat16, 128, 176, 2",
-    "__nv_bfloat16, 128, 112, 3",
-    "__half, 64, 128, 2",
-]
+VARIANTS = ["__nv_bfloat16, 128, 112, 2", "__nv_bfloat16, 128, 176, 2", "__nv_bfloat16, 128, 112, 3"]
 
 
 Compiled = Callable[[str], tuple[str, Path]]
