@@ -45,5 +45,8 @@ for benchmark in insert retrieve attend layer block; do
   step "benchmark $benchmark" timeout 120 "$python" -m longlive_rag bench "$benchmark" \
     --json "$results/${benchmark}_$name.json" --plot "$results/${benchmark}_$name.png"
 done
+if [ "$architecture" = 90a ]; then
+  step "attend on Hopper" timeout 300 "$python" benchmarks/attend_sweep.py --json "$results/attend_sweep_$name.json"
+fi
 echo "=== $failed steps failed"
 exit "$failed"

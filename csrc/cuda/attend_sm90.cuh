@@ -1,239 +1,25 @@
 // attend for Hopper: a persistent grid, one block to a multiprocessor, each computing pieces of query tiles
-// (see core/schedule.h) with specialised warps. docs/attend_hopper.md has the design and its budget.
+// (core/schedule.h) with specialised warps. docs/attend_hopper.md has the design and its budget.
 //
 // - One thread plans: it tells the others which piece comes next.
-// - One thread loads: whole K and V tiles of a page by TMA, in the layout that wgmma reads, zeros past the
-// page.
+// - One thread loads whole K and V tiles of a page by TMA, as wgmma reads them, with zeros past the page.
 // - One warp turns time into rotations: cosines and sines of the distance between the query's frames and a
-// page.
+//   page.
 // - Two or three warpgroups consume: 64 query rows each, scores and output in registers. The pairs of the
-// query
-//   that turn with time are kept in registers as the operand of the first product, rotated anew from the
-//   unrotated query in shared memory at each page; the other pairs go from shared memory.
+//   query that turn with time are kept in registers as the operand of the first product, rotated anew from
+//   the unrotated query in shared memory at each page; the other pairs go from shared memory.
 //
 // With two consumers, each computes the softmax of one tile while its product for the next and the other
-// consumer's products are under way; they take turns at issuing them.
+// consumer's products are under way; they take turns at issuing them. This file has the consumers and the
+// kernel; the others are in attend_sm90_producers.cuh.
 #pragma once
 #include "core/rotation.cuh"
-#include "core/schedule.h"
 #include "core/softmax.cuh"
-#include "cuda/attend_sm90.h"
-#include "cuda/ptx/tma.cuh"
+#include "cuda/attend_sm90_producers.cuh"
 #include "cuda/ptx/warpgroup.cuh"
 #include "cuda/ptx/wgmma.cuh"
 
 namespace longlive {
-
-constexpr int kWarpgroup = 128;
-constexpr int kConsumerRows = 64;  // wgmma's M
-constexpr int kMaxFrames = 4;      // that the rows of a query tile may belong to, from kMinTokens up
-constexpr int kMinTokens = 64;     // of a page
-constexpr int kSharedBytes = 227 * 1024;
-
-// The first pairs of a head that may turn with time, in steps of the first product: 22 of 64 pairs in Wan,
-// and 12 of 32. The registers they take, four a step, are what limits them.
-template <int kHeadDim>
-constexpr int kRotatedSteps = kHeadDim == 128 ? 3 : 2;
-
-// Registers of a thread: the producers need few, and what they give up the consumers get. The sums are those
-// that
-// __launch_bounds__ lets the block start with, 504 and 512 for the three or four warpgroups.
-template <int kConsumers>
-constexpr int kProducerRegisters = kConsumers == 2 ? 24 : 32;
-template <int kConsumers>
-constexpr int kConsumerRegisters = kConsumers == 2 ? 240 : 160;
-
-// What a piece is about. A step is one key tile; the steps run through the used pages in the order of the
-// table.
-struct PlannedPiece {
-  Piece piece;
-  int sample, head, first_row, first_frame;
-  int entry, tile;   // of the table, and of its page: where the steps begin
-  int steps, pages;  // how many, and how many pages they touch
-};
-
-template <class T, int kHeadDim, int kKeyTile, int kConsumers>
-struct AttendSm90Shared {
-  static constexpr int kRows = kConsumers * kConsumerRows;
-  static constexpr int kHalves = kHeadDim / 64;  // 64 elements are the 128 bytes that the swizzle spans
-  static constexpr int kTileBytes = kHalves * kKeyTile * 64 * sizeof(T);
-  static constexpr int kQueryBytes = kHalves * kRows * 64 * sizeof(T);
-  static constexpr int kFit = (kSharedBytes - 2560 - kQueryBytes) / (2 * kTileBytes);
-  // More than four would not help: the matrix products of one tile take longer than its load.
-  static constexpr int kStages = kFit < 4 ? kFit : 4;
-  static_assert(kStages >= 2, "a tile must load while another is used");
-
-  alignas(1024) T q[kHalves][kRows][64];  // spatially rotated only
-  alignas(1024) T k[kStages][kHalves][kKeyTile][64];
-  alignas(1024) T v[kStages][kHalves][kKeyTile][64];
-  float2 rotation[2][kMaxFrames][kRotatedSteps<kHeadDim> * 8];
-  uint64_t query_full, query_empty;
-  uint64_t key_full[kStages], key_empty[kStages], value_full[kStages], value_empty[kStages];
-  uint64_t rotation_full[2], rotation_empty[2];
-  PlannedPiece plan[2];
-  uint64_t plan_full[2], plan_empty[2];
-  int pieces;  // of this block
-  float unused;
-  uint32_t arrived[kConsumers];  // parts of the tile that were done before this one
-};
-
-struct AttendSm90Parameters {
-  ptx::TensorMap q, k, v;  // dimensions: 64 elements, rows or tokens, halves, heads, samples or slots
-  AttendArguments a;
-  Schedule schedule;
-  int query_tiles;    // of one head of one sample
-  int frames;         // of queries
-  float scale;        // of the scores, times log2(e): exponentials are powers of two
-  float* partials;    // [partial][consumer][head_dim / 2 + 4][thread]
-  uint32_t* arrived;  // [cut tile][consumer]: parts that are done
-};
-
-// A place in a ring of buffers, and the parity of its barriers there.
-template <int kStages>
-struct Ring {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage < kStages) return;
-    stage = 0;
-    parity ^= 1;
-  }
-};
-
-// The same for the `count`th use of a ring of two, where registers are scarce.
-__device__ __forceinline__ Ring<2> ring_of_two(int count) {
-  return {count & 1, static_cast<uint32_t>(count >> 1 & 1)};
-}
-
-// The next used entry of a sample's table after `entry`, or the first for -1. There is one wherever a step is
-// left.
-__device__ __forceinline__ int next_entry(const AttendSm90Parameters& p, int sample, int entry) {
-  do ++entry;
-  while (p.a.slots[sample * p.a.entries + entry] < 0);
-  return entry;
-}
-
-// One thread: works out the pieces of this block.
-template <class Shared>
-__device__ __forceinline__ void plan_pieces(const AttendSm90Parameters& p, Shared& shared,
-                                            int steps_per_page) {
-#pragma unroll 1
-  for (int index = 0; index < shared.pieces; ++index) {
-    const auto ring = ring_of_two(index);
-    ptx::mbarrier_wait(&shared.plan_empty[ring.stage], ring.parity ^ 1);
-    PlannedPiece& plan = shared.plan[ring.stage];
-    plan.piece = piece_at(p.schedule, blockIdx.x, index);
-    const int heads = plan.piece.tile / p.query_tiles;
-    plan.sample = heads / p.a.heads;
-    plan.head = heads % p.a.heads;
-    plan.first_row = plan.piece.tile % p.query_tiles * Shared::kRows;
-    plan.first_frame = plan.first_row / p.a.tokens;
-    int used = 0;
-#pragma unroll 1
-    for (int entry = 0; entry < p.a.entries; ++entry)
-      used += p.a.slots[plan.sample * p.a.entries + entry] >= 0;
-    const int begin = step_at(plan.piece.begin, plan.piece.of, used * steps_per_page);
-    const int end = step_at(plan.piece.end, plan.piece.of, used * steps_per_page);
-    const int first_page = begin / steps_per_page;
-    plan.steps = end - begin;
-    plan.tile = begin - first_page * steps_per_page;
-    plan.pages = begin < end ? (end - 1) / steps_per_page - first_page + 1 : 0;
-    int entry = -1;
-    if (begin < end)
-#pragma unroll 1
-      for (int page = 0; page <= first_page; ++page) entry = next_entry(p, plan.sample, entry);
-    plan.entry = entry;
-    ptx::mbarrier_arrive(&shared.plan_full[ring.stage]);
-  }
-}
-
-// The plan for the block's `index`th piece, for those who carry it out.
-template <class Shared>
-__device__ __forceinline__ const PlannedPiece& wait_for_plan(Shared& shared, int index) {
-  const auto ring = ring_of_two(index);
-  ptx::mbarrier_wait(&shared.plan_full[ring.stage], ring.parity);
-  return shared.plan[ring.stage];
-}
-template <class Shared>
-__device__ __forceinline__ void release_plan(Shared& shared, int index) {
-  ptx::mbarrier_arrive(&shared.plan_empty[ring_of_two(index).stage]);
-}
-
-// One thread: brings the query and the key and value tiles of each piece.
-template <class Shared, int kKeyTile>
-__device__ __forceinline__ void load_pieces(const AttendSm90Parameters& p, Shared& shared,
-                                            int steps_per_page) {
-  ptx::prefetch_tensor_map(&p.q);
-  ptx::prefetch_tensor_map(&p.k);
-  ptx::prefetch_tensor_map(&p.v);
-  Ring<Shared::kStages> ring;
-  int queries = 0;
-#pragma unroll 1
-  for (int index = 0; index < shared.pieces; ++index) {
-    const PlannedPiece& plan = wait_for_plan(shared, index);
-    const int sample = plan.sample, head = plan.head, first_row = plan.first_row;
-    int steps = plan.steps, tile = plan.tile, entry = plan.entry;
-    release_plan(shared, index);
-    bool is_first = true;
-#pragma unroll 1
-    for (; steps > 0; --steps) {
-      const int slot = p.a.slots[sample * p.a.entries + entry];
-      ptx::mbarrier_wait(&shared.key_empty[ring.stage], ring.parity ^ 1);
-      ptx::mbarrier_arrive_expect(&shared.key_full[ring.stage], Shared::kTileBytes);
-      ptx::tma_load(shared.k[ring.stage], &p.k, &shared.key_full[ring.stage], 0, tile * kKeyTile, 0, head,
-                    slot);
-      if (is_first) {  // after the first keys: they need not wait for the last piece to end
-        ptx::mbarrier_wait(&shared.query_empty, (queries++ & 1) ^ 1);
-        ptx::mbarrier_arrive_expect(&shared.query_full, Shared::kQueryBytes);
-        ptx::tma_load(shared.q, &p.q, &shared.query_full, 0, first_row, 0, head, sample);
-        is_first = false;
-      }
-      ptx::mbarrier_wait(&shared.value_empty[ring.stage], ring.parity ^ 1);
-      ptx::mbarrier_arrive_expect(&shared.value_full[ring.stage], Shared::kTileBytes);
-      ptx::tma_load(shared.v[ring.stage], &p.v, &shared.value_full[ring.stage], 0, tile * kKeyTile, 0, head,
-                    slot);
-      ring.advance();
-      if (++tile == steps_per_page && steps > 1) {
-        tile = 0;
-        entry = next_entry(p, sample, entry);
-      }
-    }
-  }
-}
-
-// One warp: the rotations of each page of each piece, for the frames that the query tile's rows are of. A
-// lane has a pair; those that do not turn have the frequency zero.
-template <class Shared, int kHeadDim>
-__device__ __forceinline__ void rotate_pieces(const AttendSm90Parameters& p, Shared& shared) {
-  constexpr int kPairs = kRotatedSteps<kHeadDim> * 8;
-  static_assert(kPairs <= kWarpSize, "a lane for each pair");
-  const int pair = threadIdx.x % kWarpSize;
-  const double frequency = pair < p.a.pairs ? p.a.rotation[pair] : 0.0;
-  int count = 0;
-#pragma unroll 1
-  for (int index = 0; index < shared.pieces; ++index) {
-    const PlannedPiece& plan = wait_for_plan(shared, index);
-    const int sample = plan.sample, first_frame = plan.first_frame;
-    // Without turning pairs the query is the same for all pages.
-    int entry = plan.entry, pages = p.a.pairs > 0 ? plan.pages : min(plan.pages, 1);
-    release_plan(shared, index);
-#pragma unroll 1
-    for (; pages > 0; --pages, ++count) {
-      const auto ring = ring_of_two(count);
-      ptx::mbarrier_wait(&shared.rotation_empty[ring.stage], ring.parity ^ 1);
-      const int position = p.a.positions[sample * p.a.entries + entry];
-#pragma unroll 1
-      for (int i = 0; i < kMaxFrames; ++i) {
-        const int frame = min(first_frame + i, p.frames - 1);
-        const double distance = static_cast<double>(p.a.query_position[sample * p.frames + frame]) - position;
-        if (pair < kPairs) shared.rotation[ring.stage][i][pair] = temporal_rotation(distance, frequency);
-      }
-      ptx::mbarrier_arrive(&shared.rotation_full[ring.stage]);
-      if (pages > 1) entry = next_entry(p, sample, entry);
-    }
-  }
-}
 
 // A warpgroup: attention of its 64 rows of each piece.
 template <class T, int kHeadDim, int kKeyTile, int kConsumers>
