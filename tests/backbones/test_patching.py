@@ -199,6 +199,31 @@ def test_calls_without_a_cache_or_with_gradients_go_to_the_original(pipeline: Pi
         assert patched.retrieved == []
 
 
+def test_a_wrapper_that_is_the_transformer(pipeline: Pipeline) -> None:
+    """It takes latents with the frames first, under a name of its own."""
+
+    class FramesFirst(Transformer):
+        def forward(self, noisy_image_or_video: Tensor, **call: Any) -> Tensor:
+            x = noisy_image_or_video.transpose(1, 2)
+            return super().forward(x, seq_len=0, **call).transpose(1, 2)
+
+    model = FramesFirst(Attention, **SIZES).eval().requires_grad_(False)
+    model.load_state_dict(pipeline.transformer.state_dict())
+    config = replace(CONFIG, query="draft")
+    with patch(pipeline, config):
+        expected = generate(pipeline, 9)
+    cache, prompt, output = pipeline.cache(1, 5 * TOKENS), torch.ones(1, 4, 8), []
+    with patch(model, config):
+        for start in range(9):
+            latents = noise(9)[:, start : start + 1]
+            for level in (1000.0, 0.0):
+                call = {"t": torch.full((1, 1), level), "context": prompt, "kv_cache": cache}
+                flow = model(noisy_image_or_video=latents, current_start=start * TOKENS, **call)
+                latents = latents - level / 1000 * flow
+            output.append(latents)
+    assert torch.equal(torch.cat(output, dim=1), expected)
+
+
 def test_wrapped_linears_keep_working(pipeline: Pipeline) -> None:
     """As LoRA and quantisation do, which replace the projections, before or after the patch."""
 
@@ -282,6 +307,14 @@ def test_longlive_contract(pipeline: Pipeline) -> None:
         assert [int(layer["local_end_index"]) for layer in cache] == [5 * TOKENS] * 2
 
 
+def test_frames_in_host_memory_give_the_same_video(pipeline: Pipeline) -> None:
+    with patch(pipeline, CONFIG) as patched:
+        expected, retrieved = generate(pipeline, 16), [entry.frames for entry in patched.retrieved]
+    with patch(pipeline, CONFIG, device_frames=5, capacity=4) as patched:
+        assert torch.equal(generate(pipeline, 16), expected)
+        assert [entry.frames for entry in patched.retrieved] == retrieved
+
+
 class TestRefusals:
     def test_an_unknown_module_is_told_what_was_looked_for_and_found(self) -> None:
         class Other(nn.Module):
@@ -317,7 +350,7 @@ class TestRefusals:
             def forward(self, x, seq_lens, grid_sizes, freqs, block_mask, kv_cache=None, current_start=0, novelty=None):
                 return x
 
-        with pytest.raises(TypeError, match=r"novelty.*looked for.*cache_start"):
+        with pytest.raises(TypeError, match=r"novelty.*looked for.*cache_start.*MemFlow: is_recache"):
             patch(Transformer(Newer, **SIZES), CONFIG)
 
     def test_two_transformers(self, pipeline: Pipeline) -> None:
@@ -342,6 +375,19 @@ class TestRefusals:
         cache, prompt = pipeline.cache(1, 5 * TOKENS), torch.ones(1, 4, 8)
         with patch(pipeline, CONFIG), pytest.raises(ValueError, match="current_start must be a multiple of 2"):
             pipeline.generator(noise(1), prompt, torch.zeros(1, 1), kv_cache=cache, current_start=3)
+
+    def test_a_transformer_that_takes_no_latents(self, pipeline: Pipeline) -> None:
+        class Tokens(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.blocks = nn.ModuleList([Attention(32, 2)])
+
+            def forward(self, x: Tensor, kv_cache: Any, current_start: int) -> Tensor:
+                return self.blocks[0](x, None, torch.tensor([[1, 1, 2]]), None, None, kv_cache[0], current_start)
+
+        model = Tokens()
+        with patch(model, CONFIG), pytest.raises(ValueError, match=r"must hold latents of 1 frames.*no five-dim"):
+            model(torch.zeros(1, 2, 32), kv_cache=pipeline.cache(1, 10), current_start=0)
 
     def test_config_of_another_kind(self, pipeline: Pipeline) -> None:
         with pytest.raises(TypeError, match="config must be a RetrievalConfig, got dict"):

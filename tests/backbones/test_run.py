@@ -47,7 +47,7 @@ def test_a_script_generates_with_memory(tmp_path: Path, script: str) -> None:
     log = tmp_path / "log.json"
     result = run(*OPTIONS, "--log", str(log), "--", sys.executable, script, "LongLive", "9")
     assert result.returncode == 0, result.stderr
-    assert "LongLive model patched, 2 videos with memory" in result.stderr
+    assert "LongLive model patched, videos with memory: 2" in result.stderr
     assert "sizes of the cache: 1 0 2 16" in result.stdout
     (report,) = json.loads(log.read_text())
     assert [[block["start"] for block in video] for video in report["videos"]] == [[6, 7, 8]] * 2

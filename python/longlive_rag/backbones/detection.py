@@ -10,23 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from longlive_rag import rotary
-from longlive_rag.backbones.families import COMMON, CausVid, Family, LongLive, LongLiveRAG, MemFlow
+from longlive_rag.backbones.families import COMMON, REQUIRED, CausVid, Family, LongLive, LongLiveRAG, MemFlow
 from longlive_rag.backbones.infinity_rope import InfinityRoPE
 from longlive_rag.backbones.krea import Krea
 from longlive_rag.backbones.longlive2 import LongLive2
 from longlive_rag.backbones.rolling_forcing import RollingForcing
 
 FAMILIES: tuple[Family, ...] = (
-    Krea(),
-    Family(),
-    CausVid(),
-    LongLive(),
-    LongLiveRAG(),
-    LongLive2(),
     MemFlow(),
     RollingForcing(),
+    LongLive2(),
+    LongLiveRAG(),
+    LongLive(),
     InfinityRoPE(),
+    CausVid(),
+    Krea(),
+    Family(),
 )
+"""The first that fits counts: what builds on another family stands before it."""
 PROJECTIONS = ("q", "k", "v", "o", "norm_q", "norm_k")
 SIZES = ("num_heads", "head_dim")
 HOLDERS = ("generator", "transformer", "model")
@@ -104,13 +105,20 @@ def _attentions(root: nn.Module) -> dict[str, list[nn.Module]]:
 
 
 def _family(attention: nn.Module, parameters: tuple[str, ...]) -> Family:
-    for family in FAMILIES:
-        if set(parameters) == COMMON | family.extra and all(hasattr(attention, name) for name in family.attributes):
-            return family
-    known = "; ".join(f"{family.name}: {', '.join(sorted(family.extra | family.attributes))}" for family in FAMILIES)
+    names = set(parameters)
+    if names >= REQUIRED and names <= COMMON.union(*(family.marks for family in FAMILIES)):
+        for family in FAMILIES:
+            has_attributes = family.attributes and all(hasattr(attention, name) for name in family.attributes)
+            if family.marks & names or has_attributes or not (family.marks or family.attributes):
+                return family
+    known = "; ".join(
+        f"{family.name}: {', '.join(sorted(family.marks | family.attributes))}"
+        for family in FAMILIES
+        if family.marks or family.attributes
+    )
     raise TypeError(
         f"model's attention ({type(attention).__name__}) takes ({', '.join(parameters)}); looked for one that takes "
-        f"({', '.join(sorted(COMMON))}) and what distinguishes one family ({known})"
+        f"({', '.join(sorted(COMMON))}), and besides at most what marks a family ({known})"
     )
 
 

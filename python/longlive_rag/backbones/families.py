@@ -14,8 +14,10 @@ from torch import Tensor
 
 from longlive_rag.backbones.sequences import Sequence
 
-COMMON = frozenset({"x", "seq_lens", "grid_sizes", "freqs", "block_mask", "kv_cache", "current_start"})
+REQUIRED = frozenset({"x", "grid_sizes", "kv_cache", "current_start"})
 """Names that the attention of every family takes."""
+COMMON = REQUIRED | {"seq_lens", "freqs", "block_mask", "cache_start"}
+"""Names that tell nothing."""
 
 Arguments = Mapping[str, Any]
 """The arguments of one call of the attention, by name."""
@@ -32,10 +34,10 @@ class Family:
     """Self-Forcing, Causal-Forcing: the cache is advanced inside the attention, which returns a tensor."""
 
     name = "Self-Forcing"
-    extra = frozenset({"cache_start"})
-    """Names that its attention takes beyond `COMMON`."""
+    marks: frozenset[str] = frozenset()
+    """Names that only its attention takes; one is enough to tell it."""
     attributes: frozenset[str] = frozenset()
-    """What its attention has besides, where the names are not enough."""
+    """What its attention has, where it takes no name of its own."""
     has_clean_pass = True
     """Whether the last pass over a block takes its clean latents; otherwise they are what that pass predicts."""
     reads_cache = False
@@ -67,14 +69,14 @@ class CausVid(Family):
     """CausVid: sees the whole past, and is told where the block ends."""
 
     name = "CausVid"
-    extra = frozenset({"current_end"})
+    marks = frozenset({"current_end"})
 
 
 class LongLive(Family):
     """LongLive 1, with absolute or relative positions: the transformer advances the cache after all layers."""
 
     name = "LongLive"
-    extra = frozenset({"cache_start", "sink_recache_after_switch"})
+    marks = frozenset({"sink_recache_after_switch"})
 
     def begin(self, sequence: Sequence, start: int, frames: int, latents: Tensor, arguments: Arguments) -> None:
         if arguments.get("sink_recache_after_switch"):
@@ -91,14 +93,14 @@ class LongLiveRAG(LongLive):
     """LongLive-RAG's own repository: its memory of evicted keys stays empty, ours takes over."""
 
     name = "LongLive-RAG"
-    extra = LongLive.extra | {"memory_indices"}
+    marks = frozenset({"memory_indices"})
 
 
 class MemFlow(LongLive):
     """MemFlow: its bank of keys stays empty, the retrieval memory takes over."""
 
     name = "MemFlow"
-    extra = frozenset({"cache_start", "kv_bank", "update_bank", "is_recache"})
+    marks = frozenset({"kv_bank", "update_bank", "is_recache"})
 
     def output(self, x: Tensor, arguments: Arguments) -> Any:
         # Its update step needs an update to read; one that is called a recomputation leaves cache and bank alone.

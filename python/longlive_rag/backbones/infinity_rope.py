@@ -22,7 +22,7 @@ class InfinityRoPE(Family):
     """Scene changes are read off the cache, whose index the pipeline then replaces by a new tensor."""
 
     name = "Infinity-RoPE"
-    extra = frozenset({"cache_start", "timestep"})
+    marks = frozenset({"timestep"})
 
     def begin(self, sequence: Sequence, start: int, frames: int, latents: Tensor, arguments: Arguments) -> None:
         cache, notes, frame = arguments["kv_cache"], sequence.notes, sequence.frame(start)

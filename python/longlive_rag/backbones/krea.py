@@ -17,7 +17,6 @@ class Krea(Family):
     """
 
     name = "krea realtime"
-    extra = frozenset({"cache_start"})
     attributes = frozenset({"fused_projections"})
     has_clean_pass = False
     reads_cache = True

@@ -17,7 +17,7 @@ class LongLive2(LongLive):
     """Its conditional and unconditional caches are two sequences; the cache says what the pipeline has pinned."""
 
     name = "LongLive 2"
-    extra = frozenset({"cache_start", "t_scale", "use_relative_rope", "method", "original_seq_len", "temporal_offset"})
+    marks = frozenset({"t_scale", "use_relative_rope", "method", "original_seq_len", "temporal_offset"})
 
     def begin(self, sequence: Sequence, start: int, frames: int, latents: Tensor, arguments: Arguments) -> None:
         notes, cache, frame = sequence.notes, arguments["kv_cache"], sequence.frame(start)

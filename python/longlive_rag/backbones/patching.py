@@ -98,13 +98,34 @@ def _ordinary_tensors() -> Iterator[None]:
 class _Pass:
     """One call of the transformer."""
 
-    latents: Tensor
-    """[B, F, C, H, W]."""
+    input: Tensor | None
+    """[B, C, F, H, W], or [B, F, C, H, W] where wrapper and transformer are one."""
+    frames_first: bool = False
     sequence: Sequence | None = None
     frames: int = 0
     begins_block: bool = False
     observed: tuple[int, ...] | None = None
     """Frames whose keys the pass makes anew, if it is only that."""
+
+    @property
+    def latents(self) -> Tensor:
+        """[B, F, C, H, W]."""
+        assert self.input is not None
+        return self.in_frames(self.input)
+
+    def in_frames(self, x: Tensor) -> Tensor:
+        """What is laid out like the input, with the frames first."""
+        return x if self.frames_first else x.transpose(1, 2)
+
+
+def _latents_among(values: list[Any]) -> Tensor | None:
+    """The first five-dimensional tensor, or list of four-dimensional ones, which Wan's transformers take too."""
+    for value in values:
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor) and value[0].ndim == 4:
+            return torch.stack(list(value))
+        if isinstance(value, Tensor) and value.ndim == 5:
+            return value
+    return None
 
 
 @dataclass
@@ -198,15 +219,10 @@ class Patched:
     def _transformer_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            latents = args[0] if args else kwargs.get("x")
-            if isinstance(latents, (list, tuple)):
-                latents = torch.stack(list(latents))
-            outer, self._pass = self._pass, None
-            if isinstance(latents, Tensor) and latents.ndim == 5:
-                self._pass = _Pass(latents.transpose(1, 2))
+            outer, self._pass = self._pass, _Pass(_latents_among([*args, *kwargs.values()]))
             try:
                 flow = original(*args, **kwargs)
-                if self._pass is not None and self._pass.sequence is not None and self._pass.observed is None:
+                if self._pass.sequence is not None and self._pass.observed is None:
                     self._note_prediction(self._pass, flow, kwargs)
                 return flow
             finally:
@@ -216,15 +232,16 @@ class Patched:
 
     @torch.compiler.disable
     def _note_prediction(self, passed: _Pass, flow: Any, arguments: Mapping[str, Any]) -> None:
-        """Flow matching: the flow [B, C, F, H, W] at the timestep `t`, [B] or [B, F], implies the clean latents."""
+        """Flow matching: the flow [B, C, F, H, W] at a timestep [B] or [B, F] implies the clean latents."""
         asks = passed.begins_block and self.config.query == "draft"
         if not asks and self._backbone.family.has_clean_pass:
             return
         assert passed.sequence is not None
         with _ordinary_tensors():
             flow = torch.stack(list(flow)) if isinstance(flow, (list, tuple)) else flow
-            sigma = arguments["t"].reshape(flow.shape[0], -1, 1, 1, 1) / STEPS
-            clean = (passed.latents - sigma * flow.transpose(1, 2)).to(flow.dtype)
+            timestep = arguments["t"] if "t" in arguments else arguments["timestep"]
+            sigma = timestep.reshape(flow.shape[0], -1, 1, 1, 1) / STEPS
+            clean = (passed.latents - sigma * passed.in_frames(flow)).to(flow.dtype)
             if not self._backbone.family.has_clean_pass:
                 passed.sequence.predicted(clean)
             if asks:
@@ -290,11 +307,13 @@ class Patched:
                 f"current_start must be a multiple of {tokens}, the tokens of a latent frame of this size, got "
                 f"{current_start}; the pipeline's frame_seq_length is for another size"
             )
-        if self._pass.latents.shape[1] != frames:
+        shape = [] if self._pass.input is None else list(self._pass.input.shape)
+        if frames not in shape[1:3]:
             raise ValueError(
-                f"the transformer's input must be latents [B, C, {frames}, H, W], got {list(self._pass.latents.shape)} "
-                f"with batch and frames first"
+                f"the transformer's input must hold latents of {frames} frames, [B, C, F, H, W], got "
+                f"{shape or 'no five-dimensional tensor'}"
             )
+        self._pass.frames_first = shape[2] != frames
         sequence = self._sequence(arguments, (grid[1], grid[2]))
         self._pass.sequence, self._pass.frames = sequence, frames
         family, latents, before = self._backbone.family, self._pass.latents, sequence.block

@@ -13,7 +13,7 @@ class RollingForcing(Family):
     """The window's later blocks are seen by nothing but the window, so only the clean pass can finish a block."""
 
     name = "Rolling Forcing"
-    extra = frozenset({"cache_start", "updating_cache"})
+    marks = frozenset({"updating_cache"})
     drafts = False
 
     def begin(self, sequence: Sequence, start: int, frames: int, latents: Tensor, arguments: Arguments) -> None:

@@ -91,7 +91,7 @@ class Run:
         for report in reports:
             freed = f"; {report['released_bytes'] / 2**20:.0f} MiB of its own cache freed"
             print(
-                f"longlive-rag run: {report['family']} model patched, {len(report['videos'])} videos with memory"
+                f"longlive-rag run: {report['family']} model patched, videos with memory: {len(report['videos'])}"
                 f"{'' if self.keep_cache else freed}",
                 file=sys.stderr,
             )
