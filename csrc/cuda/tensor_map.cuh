@@ -32,9 +32,14 @@ inline decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   static const auto encoder = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault,
-                                           &found),
-          "cuTensorMapEncodeTiled");
+#if CUDART_VERSION >= 12050
+    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                                                cudaEnableDefault, &found);
+#else
+    const cudaError_t status =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
+    check(status, "cuTensorMapEncodeTiled");
     if (found != cudaDriverEntryPointSuccess)
       throw std::runtime_error("attend: the driver has no cuTensorMapEncodeTiled; it must support CUDA 12.0");
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);

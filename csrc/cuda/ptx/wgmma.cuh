@@ -44,9 +44,9 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 
 // Keeps a following wgmma_wait from being issued before `value`, a sum of weights, is computed. ptxas sees no
-// dependency between arithmetic and the wait and moves the wait up, which would leave nothing to overlap with the
-// product; it does keep the order of memory accesses and the wait. The store to `unused` never happens: no sum of
-// weights is negative.
+// dependency between arithmetic and the wait and moves the wait up, which would leave nothing to overlap with
+// the product; it does keep the order of memory accesses and the wait. The store to `unused` never happens:
+// no sum of weights is negative.
 __device__ __forceinline__ void finish_first(float value, float* unused) {
 #ifdef __CUDA_ARCH__
   asm volatile("{\n.reg .pred p;\nsetp.lt.f32 p, %0, 0f00000000;\n@p st.shared.f32 [%1], %0;\n}" ::"f"(value),
