@@ -57,14 +57,19 @@ ARGUMENTS = {"insert": insert_arguments, "retrieve": retrieve_arguments, "attend
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
-@pytest.mark.parametrize("name", ["insert", "insert_with_query", "retrieve", "attend", "attend_with_lse"])
+@pytest.mark.parametrize(
+    "name", ["insert", "insert_with_query", "retrieve", "retrieve_into", "attend", "attend_with_lse"]
+)
 def test_opcheck(name: str, device: str) -> None:
-    arguments = ARGUMENTS[name.partition("_with")[0]](device)
+    arguments = ARGUMENTS[name.partition("_")[0]](device)
     if name.startswith("insert"):
         query = [arguments.pop("q"), arguments.pop("q_weight")]
         positional = [*query, *arguments.values()] if name == "insert_with_query" else list(arguments.values())
     else:
         positional = list(arguments.values())
+    if name == "retrieve_into":
+        frame_slots = torch.arange(B * 20, dtype=torch.int32, device=device).view(B, 20)
+        positional += [frame_slots, torch.zeros(B, arguments["k"], dtype=torch.int32, device=device)]
     torch.library.opcheck(getattr(torch.ops.longlive_rag, name).default, tuple(positional))
 
 
