@@ -28,7 +28,8 @@ struct OnlineSoftmax {
 
   // Natural logarithm of the sum of exponentials, for the whole row's sum.
   __device__ __forceinline__ float log_sum_exp(float row_sum, float scale) const {
-    return row_sum > 0.0f ? (maximum * scale + ptx::log2_approximate(row_sum)) * 0.6931471805599453f : -INFINITY;
+    return row_sum > 0.0f ? (maximum * scale + ptx::log2_approximate(row_sum)) * 0.6931471805599453f
+                          : -INFINITY;
   }
 };
 
