@@ -24,13 +24,13 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "info": Command("longlive_rag.commands.info", "Info", "versions, and whether a GPU can be used"),
-    "corpus": Command("longlive_rag.commands.corpus", "Corpus", "latents to train the retrieval autoencoder on"),
-    "train": Command("longlive_rag.commands.train", "Train", "train the retrieval autoencoder"),
+    "demo": Command("longlive_rag.commands.demo", "Demo", "the same long video under every context policy, on a CPU"),
     "generate": Command("longlive_rag.commands.generate", "Generate", "long videos from a checkpoint and prompts"),
     "run": Command("longlive_rag.commands.run", "Run", "a script of your own, with its model patched"),
-    "demo": Command("longlive_rag.commands.demo", "Demo", "the same long video under every context policy"),
-    "bench": Command("longlive_rag.commands.bench", "Bench", "how fast the operations are, and their limits"),
+    "corpus": Command("longlive_rag.commands.corpus", "Corpus", "latents to train the retrieval autoencoder on"),
+    "train": Command("longlive_rag.commands.train", "Train", "train the retrieval autoencoder"),
     "evaluate": Command("longlive_rag.commands.evaluate", "Evaluate", "drift of each of several videos"),
+    "bench": Command("longlive_rag.commands.bench", "Bench", "how fast the operations are, and their limits"),
 }
 
 # Packages that come with an extra: missing, they are the user's choice and no fault of the installation.
