@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from longlive_rag import ops, rotary
-from longlive_rag.benchmarks.common import Call, Machine, Row, machine, table
+from longlive_rag.bench.common import Call, Machine, Row, machine, table
 from longlive_rag.files import write_json
 from longlive_rag.ops._cuda import DTYPE_CODES
 from longlive_rag.ops.attend import _is_hopper, _launch_sm80, _launch_sm90, _Sizes
@@ -44,7 +44,7 @@ class Case(NamedTuple):
     slots: Tensor
     positions: Tensor
     query_position: Tensor
-    rotation: Tensor
+    frequencies: Tensor
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def launch(
     if poison:
         out.fill_(torch.nan)
         lse.fill_(torch.nan)
-    shape = (*case.q.shape, case.k_pages.shape[2], case.slots.shape[1], case.rotation.shape[0])
+    shape = (*case.q.shape, case.k_pages.shape[2], case.slots.shape[1], case.frequencies.shape[0])
     sizes = _Sizes(shape, DTYPE_CODES[case.q.dtype])
     scale = case.q.shape[3] ** -0.5
     if kernel == "sm80":
@@ -137,7 +137,7 @@ def check(case: Case, key_tile: int, consumers: int) -> None:
         q, slots, positions, query_position = (tensor[sample : sample + 1] for tensor in one)
         for head in range(case.q.shape[2]):
             pages = [pool[:, head : head + 1].double() for pool in case[1:3]]
-            tables = (slots, positions, query_position, case.rotation)
+            tables = (slots, positions, query_position, case.frequencies)
             expected, expected_lse = ops.attend(q[:, :, head : head + 1].double(), *pages, *tables, return_lse=True)
             got = out[sample, :, head].double()
             error = (got - expected[0, :, 0]).norm() / expected.norm()
@@ -228,7 +228,7 @@ def sweep(here: Machine) -> Iterator[Row]:
 def rotation_cost(here: Machine) -> Row:
     """The same kernel with and without pairs that turn."""
     cases = measured_cases(here, FIGURES[0])
-    still = [case._replace(rotation=case.rotation[:0]) for case in cases]
+    still = [case._replace(frequencies=case.frequencies[:0]) for case in cases]
     with_rotation, without = here.seconds(
         [lambda i: ops.attend(*cases[i]), lambda i: ops.attend(*still[i])], sets=len(cases)
     )

@@ -18,9 +18,9 @@ import torch
 from tqdm import tqdm
 
 import longlive_rag
-from longlive_rag.demo import report, world
-from longlive_rag.demo.measure import Job, Score, measure_all
-from longlive_rag.demo.policies import POLICIES
+from longlive_rag.small_world import report, world
+from longlive_rag.small_world.measure import Job, Score, measure_all
+from longlive_rag.small_world.policies import POLICIES
 from longlive_rag.files import atomic_path, write_json
 
 SEED = 20_000  # tuning used 5000

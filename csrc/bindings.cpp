@@ -56,13 +56,13 @@ AttendArguments attend_sizes(const AttendShape& shape, int dtype) {
 }
 
 void bind_attend(Address q, Address k_pages, Address v_pages, Address slots, Address positions,
-                 Address query_position, Address rotation, Address out, Address lse,
+                 Address query_position, Address frequencies, Address out, Address lse,
                  std::tuple<int, int, int, int> shape, int tokens, int entries, int pairs, int dtype,
                  float scale, Address stream) {
   const auto& [batch, length, heads, head_dim] = shape;
   attend({pointer(q), pointer(k_pages), pointer(v_pages), pointer<const int32_t>(slots),
           pointer<const int32_t>(positions), pointer<const int32_t>(query_position),
-          pointer<const double>(rotation), pointer(out), pointer<float>(lse), batch, length, heads, head_dim,
+          pointer<const double>(frequencies), pointer(out), pointer<float>(lse), batch, length, heads, head_dim,
           tokens, entries, pairs, dtype, scale},
          pointer(stream));
 }
@@ -78,13 +78,13 @@ std::optional<size_t> bind_attend_sm90_workspace(const AttendShape& shape, int d
 }
 
 void bind_attend_sm90(Address q, Address k_pages, Address v_pages, Address slots, Address positions,
-                      Address query_position, Address rotation, Address out, Address lse, Address workspace,
+                      Address query_position, Address frequencies, Address out, Address lse, Address workspace,
                       const AttendShape& shape, int page_slots, int dtype, float scale, int key_tile,
                       int consumers, Address stream) {
   AttendArguments a = attend_sizes(shape, dtype);
   a.q = pointer(q), a.k_pages = pointer(k_pages), a.v_pages = pointer(v_pages);
   a.slots = pointer<const int32_t>(slots), a.positions = pointer<const int32_t>(positions);
-  a.query_position = pointer<const int32_t>(query_position), a.rotation = pointer<const double>(rotation);
+  a.query_position = pointer<const int32_t>(query_position), a.frequencies = pointer<const double>(frequencies);
   a.out = pointer(out), a.lse = pointer<float>(lse);
   a.scale = scale;
   attend_sm90(a, {page_slots, key_tile, consumers}, pointer(workspace), pointer(stream));

@@ -1,4 +1,4 @@
-#include "cuda/attend.cuh"
+#include "cuda/attend_sm80.cuh"
 
 #include "cuda/device.h"
 

@@ -11,7 +11,7 @@ struct AttendArguments {
   const int32_t* slots;           // [batch, entries]; negative: unused
   const int32_t* positions;       // [batch, entries]; temporal position of each page
   const int32_t* query_position;  // [batch, length / tokens]
-  const double* rotation;         // [pairs]: radians per frame of the first pairs of each head
+  const double* frequencies;      // [pairs]: radians per frame of the first pairs of each head
   void* out;                      // [batch, length, heads, head_dim]
   float* lse;                     // [batch, length, heads], natural logarithm; null: not wanted
   int batch, length, heads, head_dim, tokens, entries, pairs;

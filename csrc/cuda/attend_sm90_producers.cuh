@@ -108,7 +108,7 @@ __device__ __forceinline__ void rotate_pieces(const AttendSm90Parameters& p, Sha
   constexpr int kPairs = kRotatedSteps<kHeadDim> * 8;
   static_assert(kPairs <= kWarpSize, "a lane for each pair");
   const int pair = threadIdx.x % kWarpSize;
-  const double frequency = pair < p.a.pairs ? p.a.rotation[pair] : 0.0;
+  const double frequency = pair < p.a.pairs ? p.a.frequencies[pair] : 0.0;
   int count = 0;
 #pragma unroll 1
   for (int index = 0; index < shared.pieces; ++index) {

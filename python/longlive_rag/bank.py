@@ -64,7 +64,7 @@ class FrameBank:
         """Bytes that one latent frame of one video takes over all layers."""
         return 2 * len(self.k_pages) * self.k_pages[0][0].nbytes
 
-    def begin(self, written: range, read: Iterable[int]) -> None:
+    def reserve(self, written: range, read: Iterable[int]) -> None:
         """Give every video pages for the frames that a block will write, and have those at hand that it reads."""
         own = [(video, frame) for video in range(self.batch) for frame in written]
         self._window = {*own, *((video, frame) for video in range(self.batch) for frame in read)}

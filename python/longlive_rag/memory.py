@@ -129,14 +129,14 @@ class RetrievalMemory:
         """Lay out the context of the block of `frames` frames that starts at `start`.
 
         A block at frame 0 after later ones begins a new video. With the "latest" query the memory is retrieved here;
-        with "draft", the block starts with the previous block's and `retrieve` replaces it.
+        with "draft", the block starts with the previous block's and `ask` replaces it.
 
         Raises:
             ValueError: frames between the last committed one and `start` are missing.
         """
-        self.begin(ContextPlan(self.config, start, frames))
+        self.plan_block(ContextPlan(self.config, start, frames))
 
-    def begin(self, plan: ContextPlan) -> None:
+    def plan_block(self, plan: ContextPlan) -> None:
         """`begin_block` with a context of the caller's own."""
         if plan.start == 0 and self.finished:
             self.reset()
@@ -150,7 +150,7 @@ class RetrievalMemory:
             for frame in self.bank.frames():
                 if not plan.keeps(frame):
                     self.bank.release(frame)
-        self.bank.begin(range(plan.start, plan.end), [frame for frame in plan.fixed_entries()[0] if frame >= 0])
+        self.bank.reserve(range(plan.start, plan.end), [frame for frame in plan.fixed_entries()[0] if frame >= 0])
         self._write_tables(plan)
         if not plan.candidates:
             self._chosen = None
@@ -159,7 +159,7 @@ class RetrievalMemory:
         elif self._chosen is not None:
             self._write_memory(self._chosen[0])
 
-    def retrieve(self, latents: Tensor) -> None:
+    def ask(self, latents: Tensor) -> None:
         """Ask with a draft of the current block, its clean prediction [B, F, C, H, W] after the first denoising step.
 
         The query is the mean of its frames' unit embeddings.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longlive_rag.backbones.infinity_rope import Scene
-from longlive_rag.backbones.longlive2 import Shots
-from longlive_rag.backbones.rolling_forcing import CleanPlan, WindowPlan
+from longlive_rag.backbones.families.infinity_rope import Scene
+from longlive_rag.backbones.families.longlive2 import Shots
+from longlive_rag.backbones.families.rolling_forcing import CleanPlan, WindowPlan
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.context import UNUSED, ContextPlan
 

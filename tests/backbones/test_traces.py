@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from longlive_rag import RetrievalConfig, patch
-from longlive_rag.generation.sampler import warp_steps
+from longlive_rag.generation.sampling import warp_steps
 from support.causal_doubles import Pipeline
 
 FOLDER = Path(__file__).parent / "traces"

@@ -27,7 +27,7 @@ def test_every_held_frame_keeps_its_content(steps: list[tuple[bool, int]], capac
     for acquire, frame in steps:
         if acquire:
             new = frame not in pages.frames()
-            pages.begin(range(frame, frame + 1), [])
+            pages.reserve(range(frame, frame + 1), [])
             if new:
                 for layer in range(2):
                     for video, slot in enumerate(slots(pages, [frame])[:, 0].tolist()):
@@ -46,16 +46,16 @@ def test_every_held_frame_keeps_its_content(steps: list[tuple[bool, int]], capac
 
 def test_frames_without_a_page_are_unused() -> None:
     pages = bank(4)
-    pages.begin(range(2), [])
+    pages.reserve(range(2), [])
     assert (slots(pages, [-1, 3]) < 0).all()
 
 
 def test_within_the_capacity_nothing_is_allocated_or_moved() -> None:
     pages = bank(8)
     before = [pool.data_ptr() for pool in pages.k_pages + pages.v_pages]
-    pages.begin(range(8), [])
+    pages.reserve(range(8), [])
     pages.clear()
-    pages.begin(range(100, 108), [])
+    pages.reserve(range(100, 108), [])
     assert [pool.data_ptr() for pool in pages.k_pages + pages.v_pages] == before
 
 
@@ -68,7 +68,7 @@ def test_with_a_budget_frames_come_back_as_they_were(asked: list[list[int]], bat
     pages = bank(capacity=2, batch=batch, device_frames=5)
     assert pages.capacity == 5
     for frame, wanted in enumerate(asked):
-        pages.begin(range(frame, frame + 1), [frame - 1] if frame else [])
+        pages.reserve(range(frame, frame + 1), [frame - 1] if frame else [])
         for video, slot in enumerate(slots(pages, [frame])[:, 0].tolist()):
             for layer in range(2):
                 pages.k_pages[layer][slot] = 100 * frame + 10 * video + layer
@@ -88,4 +88,4 @@ def test_with_a_budget_frames_come_back_as_they_were(asked: list[list[int]], bat
 def test_a_budget_that_cannot_hold_one_block_is_refused() -> None:
     pages = bank(capacity=4, device_frames=2)
     with pytest.raises(ValueError, match="device_frames must hold all that a block writes and sees"):
-        pages.begin(range(3), [])
+        pages.reserve(range(3), [])

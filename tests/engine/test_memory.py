@@ -153,7 +153,7 @@ def test_a_device_budget_changes_nothing_but_where_pages_lie(query: str) -> None
         for engine in (unlimited, limited):
             engine.begin_block(start, 1)
             if query == "draft":
-                engine.retrieve(draw(start % 7, 2, 1)[1])
+                engine.ask(draw(start % 7, 2, 1)[1])
         layers, latents = draw(start, 2, 1)
         for layer, qkv in enumerate(layers):
             assert torch.equal(unlimited.attend(layer, *qkv), limited.attend(layer, *qkv))
@@ -193,7 +193,7 @@ def test_the_draft_query_asks_with_the_block_itself() -> None:
         engine.begin_block(start, 1)
         draft = scenes[start % 3][None, None]
         before = len(engine.retrieved)
-        engine.retrieve(draft + 0.01)
+        engine.ask(draft + 0.01)
         if len(engine.retrieved) > before:
             same = [frame for frame in engine.plan.candidates if frame % 3 == start % 3][:2]
             assert set(same) <= set(engine.retrieved[-1].frames[0])

@@ -17,7 +17,7 @@ from torch import Tensor
 from longlive_rag import RetrievalConfig, rollout
 from longlive_rag.embedding import AveragePool, Embedding, LatentAutoencoder
 from longlive_rag.generation.rollout import RolloutResult
-from longlive_rag.generation.sampler import warp_steps
+from longlive_rag.generation.sampling import warp_steps
 from longlive_rag.models import CausalWanModel
 
 FOLDER = Path(__file__).parent

@@ -33,7 +33,7 @@ class Case(NamedTuple):
     slots: Tensor
     positions: Tensor
     query_position: Tensor
-    rotation: Tensor
+    frequencies: Tensor
 
 
 def make_case(
@@ -57,7 +57,7 @@ def make_case(
         pages[slots[:used]] = torch.randn(used, heads, tokens, head_dim)
     unused = torch.full((batch, 2), 2**31 - 1)
     order = torch.randperm(entries + 2)
-    rotation = rotary.temporal_frequencies(head_dim) if pairs is None else torch.rand(pairs, dtype=torch.float64)
+    frequencies = rotary.temporal_frequencies(head_dim) if pairs is None else torch.rand(pairs, dtype=torch.float64)
     return Case(
         torch.randn(batch, frames * tokens, heads, head_dim).to(dtype),
         k_pages.to(dtype),
@@ -65,7 +65,7 @@ def make_case(
         torch.cat([slots[:used].view(batch, entries), -unused], dim=1)[:, order].int(),
         torch.cat([torch.randint(0, 30, (batch, entries)), unused], dim=1)[:, order].int(),
         (distance + torch.arange(frames)).repeat(batch, 1).int(),
-        rotation,
+        frequencies,
     )
 
 
@@ -74,7 +74,7 @@ def attend_sm90(
 ) -> tuple[Tensor, Tensor]:
     """The emulated kernel's output and log-sum-exp; both, and the workspace, are poisoned before."""
     (batch, length, heads, head_dim), (pool, _, tokens, _) = case.q.shape, case.k_pages.shape
-    shape = (batch, length, heads, head_dim, tokens, case.slots.shape[1], case.rotation.shape[0])
+    shape = (batch, length, heads, head_dim, tokens, case.slots.shape[1], case.frequencies.shape[0])
     dtype = 1 if case.q.dtype == torch.float16 else 2
     size = module.attend_sm90_workspace(shape, dtype, key_tile, consumers)
     workspace = torch.full((size // 4 + 4,), torch.nan)
@@ -150,7 +150,7 @@ def test_scale(module):
 def test_whole_and_cut_tiles(module, order, tiles, is_cut):
     """Waves of whole tiles need no workspace; a remainder is cut, and merged to the same result."""
     case = make_case(tokens=64, head_dim=64, heads=tiles, entries=8)
-    shape = (1, 64, tiles, 64, 64, case.slots.shape[1], case.rotation.shape[0])
+    shape = (1, 64, tiles, 64, 64, case.slots.shape[1], case.frequencies.shape[0])
     assert (module.attend_sm90_workspace(shape, 2, 0, 0) > 0) == is_cut
     check(module, case)
 
@@ -283,7 +283,7 @@ def test_agrees_with_the_other_kernel(dtype, sizes):
     case = Case(*(tensor.to(device) for tensor in make_case(dtype, **sizes)))
     sm90, sm90_lse = ops.attend(*case, return_lse=True)
     out, lse = torch.full_like(sm90, torch.nan), torch.full_like(sm90_lse, torch.nan)
-    shape = (*case.q.shape, case.k_pages.shape[2], case.slots.shape[1], case.rotation.shape[0])
+    shape = (*case.q.shape, case.k_pages.shape[2], case.slots.shape[1], case.frequencies.shape[0])
     code = DTYPE_CODES[dtype]
     _launch_sm80([*case, out, lse], _Sizes(shape, code), case.q.shape[3] ** -0.5)
     assert (sm90.double() - out.double()).norm() < 2 * torch.finfo(dtype).eps * out.double().norm()

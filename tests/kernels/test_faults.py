@@ -72,24 +72,24 @@ FAULTS = {
         run_retrieve, "cuda/retrieve.cuh", "  if (lane == 0) a.finished_blocks[sample] = 0;\n", "",
     ),
     "attend: no barrier before K is read": (
-        run_attend, "cuda/attend.cuh", "    __syncthreads();  // K is there", "    // K is there",
+        run_attend, "cuda/attend_sm80.cuh", "    __syncthreads();  // K is there", "    // K is there",
     ),
     "attend: no barrier before V is read": (
-        run_attend, "cuda/attend.cuh", "    __syncthreads();  // V is there", "    // V is there",
+        run_attend, "cuda/attend_sm80.cuh", "    __syncthreads();  // V is there", "    // V is there",
     ),
     "attend: V not waited for": (
-        run_attend, "cuda/attend.cuh", "    ptx::cp_async_wait<0>();\n    __syncthreads();  // V is there",
+        run_attend, "cuda/attend_sm80.cuh", "    ptx::cp_async_wait<0>();\n    __syncthreads();  // V is there",
         "    __syncthreads();  // V is there",
     ),
     "attend: query rows not waited for": (
-        run_attend, "cuda/attend.cuh", "  __syncwarp();  // the warp's query rows", "  // the warp's query rows",
+        run_attend, "cuda/attend_sm80.cuh", "  __syncwarp();  // the warp's query rows", "  // the warp's query rows",
     ),
     "attend: wrong shuffle": (
-        run_attend, "cuda/attend.cuh", "__shfl_xor_sync(kFullMask, maximum, 2)",
+        run_attend, "cuda/attend_sm80.cuh", "__shfl_xor_sync(kFullMask, maximum, 2)",
         "__shfl_xor_sync(kFullMask, maximum, 4)",
     ),
     "attend: one token beyond the frame": (
-        run_attend, "cuda/attend.cuh", ">= tokens_left", "> tokens_left",
+        run_attend, "cuda/attend_sm80.cuh", ">= tokens_left", "> tokens_left",
     ),
 }  # fmt: skip
 

@@ -22,7 +22,7 @@ class Case(NamedTuple):
     slots: Tensor
     positions: Tensor
     query_position: Tensor
-    rotation: Tensor
+    frequencies: Tensor
 
 
 def make_case(
@@ -49,7 +49,7 @@ def make_case(
     slots = torch.cat([slots, torch.full((batch, spare), -(2**31))], dim=1)
     positions = torch.cat([torch.randint(0, 30, (batch, entries)), torch.full((batch, spare), 2**31 - 1)], dim=1)
     order = torch.randperm(slots.shape[1])
-    rotation = rotary.temporal_frequencies(head_dim) if pairs is None else torch.rand(pairs, dtype=torch.float64)
+    frequencies = rotary.temporal_frequencies(head_dim) if pairs is None else torch.rand(pairs, dtype=torch.float64)
     return Case(
         torch.randn(batch, frames * tokens, heads, head_dim).to(device, dtype),
         k_pages.to(device, dtype),
@@ -57,15 +57,15 @@ def make_case(
         slots[:, order].int().to(device),
         positions[:, order].int().to(device),
         (30 + torch.arange(frames)).expand(batch, -1).int().to(device),
-        rotation.to(device),
+        frequencies.to(device),
     )
 
 
 def exact(case: Case, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp in float64: for each query frame the gathered keys, turned to where they stand from it."""
-    q, k_pages, v_pages, slots, positions, query_position, rotation = (tensor.cpu() for tensor in case)
+    q, k_pages, v_pages, slots, positions, query_position, frequencies = (tensor.cpu() for tensor in case)
     batch, length, heads, head_dim = q.shape
-    tokens, pairs = k_pages.shape[2], rotation.shape[0]
+    tokens, pairs = k_pages.shape[2], frequencies.shape[0]
     scale = head_dim**-0.5 if scale is None else scale
     out = torch.zeros(batch, length, heads, head_dim, dtype=torch.float64)
     lse = torch.full((batch, length, heads), -torch.inf, dtype=torch.float64)
@@ -77,7 +77,7 @@ def exact(case: Case, scale: float | None = None) -> tuple[Tensor, Tensor]:
         keys, values = (pool[pages].double().transpose(0, 1).flatten(1, 2) for pool in (k_pages, v_pages))
         for f, position in enumerate(query_position[b].tolist()):
             # Turning the key by its position less the query's is turning the query by the opposite.
-            angle = (positions[b][used].double() - position)[:, None] * rotation
+            angle = (positions[b][used].double() - position)[:, None] * frequencies
             turn = torch.polar(torch.ones_like(angle), angle).repeat_interleave(tokens, dim=0)
             complex_keys = torch.view_as_complex(keys.unflatten(-1, (-1, 2)).clone())
             complex_keys[..., :pairs] *= turn
@@ -91,14 +91,14 @@ def exact(case: Case, scale: float | None = None) -> tuple[Tensor, Tensor]:
 
 def naive(case: Case) -> Tensor:
     """What a PyTorch program does at the same precision: gather, rotate keys, concatenate, SDPA."""
-    q, k_pages, v_pages, slots, positions, query_position, rotation = (tensor.cpu() for tensor in case)
+    q, k_pages, v_pages, slots, positions, query_position, frequencies = (tensor.cpu() for tensor in case)
     out = torch.empty_like(q)
     tokens = k_pages.shape[2]
 
     def turned(x: Tensor, position: Tensor) -> Tensor:  # [n, H, T, D] by [n]
-        angle = position.double()[:, None] * rotation
+        angle = position.double()[:, None] * frequencies
         turn = torch.stack([angle.cos(), angle.sin()], dim=-1)[:, None, None]
-        split = [2 * rotation.shape[0], x.shape[-1] - 2 * rotation.shape[0]]
+        split = [2 * frequencies.shape[0], x.shape[-1] - 2 * frequencies.shape[0]]
         first, rest = x.split(split, dim=-1)
         return torch.cat([rotary.rotate_pairs(first.float(), turn).to(x.dtype), rest], dim=-1)
 
@@ -225,7 +225,7 @@ def test_a_sample_does_not_depend_on_its_batch(device: torch.device) -> None:
     together = ops.attend(*case)
     for b in range(3):
         pools = (case.k_pages, case.v_pages)
-        one = Case(case.q[b : b + 1], *pools, *(table[b : b + 1] for table in case[3:6]), case.rotation)
+        one = Case(case.q[b : b + 1], *pools, *(table[b : b + 1] for table in case[3:6]), case.frequencies)
         assert torch.equal(ops.attend(*one), together[b : b + 1])
 
 

@@ -12,7 +12,7 @@ import torch
 
 from longlive_rag.embedding import LatentAutoencoder
 from longlive_rag.training.config import TrainingConfig, TrainingOptions
-from longlive_rag.training.distributed import Ranks
+from longlive_rag.ranks import Ranks
 from longlive_rag.training.latents import open_corpus
 from longlive_rag.training.trainer import BEST, LAST, METRICS, Trainer
 

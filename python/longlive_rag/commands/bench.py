@@ -45,7 +45,7 @@ class Bench:
         import torch
         from tqdm import tqdm
 
-        from longlive_rag.benchmarks import common
+        from longlive_rag.bench import common
 
         machine = common.machine()
         facts = machine.facts()
@@ -55,7 +55,7 @@ class Bench:
         torch.manual_seed(0)
         rows = []
         for name in tqdm(dict.fromkeys(self.benchmarks), unit="benchmark", leave=False, file=sys.stderr):
-            module = importlib.import_module(f"longlive_rag.benchmarks.{name}")
+            module = importlib.import_module(f"longlive_rag.bench.{name}")
             rows += list(module.rows(machine))
         print(common.table(rows))
         if self.json is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from longlive_rag.training.corpus import LatentSource, write_corpus
-from longlive_rag.training.distributed import Ranks
+from longlive_rag.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ class Corpus:
         return 0
 
     def _source(self, ranks: Ranks) -> LatentSource:
-        from longlive_rag.demo.backbone import DENOISING_STEPS, TIMESTEP_SHIFT, load_backbone, load_codec
-        from longlive_rag.demo.policies import POLICIES
+        from longlive_rag.small_world.backbone import DENOISING_STEPS, TIMESTEP_SHIFT, load_backbone, load_codec
+        from longlive_rag.small_world.policies import POLICIES
         from longlive_rag.training.sources import SMALL_WORLD_SHAPE, GeneratorSource, WorldSource, small_world_prompts
 
         frames = self.frames or (64 if self.source in ("small-world", "world") else 90)

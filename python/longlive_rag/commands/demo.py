@@ -42,9 +42,9 @@ class Demo:
 
         from tqdm import tqdm
 
-        from longlive_rag.demo import report, world
-        from longlive_rag.demo.measure import Job, measure_all
-        from longlive_rag.demo.policies import POLICIES, SHOWN
+        from longlive_rag.small_world import report, world
+        from longlive_rag.small_world.measure import Job, measure_all
+        from longlive_rag.small_world.policies import POLICIES, SHOWN
 
         begun = time.monotonic()
         frames = max(LEAST_FRAMES, world.lap_frames(self.track, self.laps))

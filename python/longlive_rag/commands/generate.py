@@ -23,7 +23,7 @@ from longlive_rag.files import output_folder
 from longlive_rag.generation.pipeline import Pipeline, VideoSettings
 from longlive_rag.generation.rollout import PAPER_STEPS
 from longlive_rag.generation.wan_files import BACKBONES, WanFiles, find_checkpoint, find_wan_files, from_where
-from longlive_rag.training.distributed import Ranks
+from longlive_rag.ranks import Ranks
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -18,7 +18,7 @@ from longlive_rag.config import RetrievalConfig
 from longlive_rag.files import atomic_path
 
 ENVIRONMENT = "LONGLIVE_RAG_RUN"
-STARTUP = Path(__file__).parents[1] / "backbones" / "startup"
+STARTUP = Path(__file__).parents[1] / "backbones" / "run" / "startup"
 """Folder whose sitecustomize has the model patched."""
 
 

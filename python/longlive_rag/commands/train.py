@@ -14,7 +14,7 @@ import tyro
 from longlive_rag.embedding import LatentAutoencoder
 from longlive_rag.files import output_folder, write_json
 from longlive_rag.training.config import PAPER, TrainingConfig, TrainingOptions
-from longlive_rag.training.distributed import Ranks
+from longlive_rag.ranks import Ranks
 from longlive_rag.training.interruption import StopSignal
 from longlive_rag.training.latents import BadData, Corpus, open_corpus
 from longlive_rag.training.plots import draw_training, similarity_matrix
@@ -131,8 +131,8 @@ class Train:
         print(f"lowest validation loss {trainer.best:.5f}: {output / BEST}, curves in {output / 'training.png'}")
 
     def _compare(self, encoders: dict[str, LatentAutoencoder]) -> None:
-        from longlive_rag.demo.backbone import load_codec
-        from longlive_rag.demo.policies import POLICIES
+        from longlive_rag.small_world.backbone import load_codec
+        from longlive_rag.small_world.policies import POLICIES
         from longlive_rag.embedding import AveragePool, Embedding
         from longlive_rag.evaluation import embeddings
 

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.embedding import Embedding
 from longlive_rag.files import write_json
-from longlive_rag.generation.retrieval_log import draw_retrieval, retrieval_entries
+from longlive_rag.retrieval_log import draw_retrieval, retrieval_entries
 from longlive_rag.generation.rollout import PAPER_STEPS, stream
-from longlive_rag.generation.sampler import STEPS, warp_steps
+from longlive_rag.generation.sampling import STEPS, warp_steps
 from longlive_rag.generation.video import VideoWriter
 from longlive_rag.generation.wan_vae import StreamingDecoder
 from longlive_rag.memory import Retrieval

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.embedding import AveragePool, Embedding
-from longlive_rag.generation.sampler import STEPS, Renoise, denoise, warp_steps
+from longlive_rag.generation.sampling import STEPS, Renoise, denoise, warp_steps
 from longlive_rag.memory import Retrieval, RetrievalMemory
 from longlive_rag.models import CausalWanModel
 from longlive_rag.selection import Selection
@@ -148,11 +148,11 @@ def _blocks(
             if given is not None and start < given.shape[1]:
                 clean = given[:, start : start + frames].to(block_noise).contiguous()
                 if config.query == "draft":
-                    memory.retrieve(clean)
+                    memory.ask(clean)
             else:
                 for step, clean in enumerate(denoise(predict, block_noise, timesteps, fresh_noise)):
                     if step == 0 and config.query == "draft":
-                        memory.retrieve(clean)
+                        memory.ask(clean)
             predict(clean, clean.new_full((batch, frames), context_noise, dtype=torch.float32))
             embeddings = memory.commit(clean)
             last = memory.retrieved[-1] if memory.retrieved else None

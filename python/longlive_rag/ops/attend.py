@@ -15,7 +15,7 @@ from longlive_rag.ops._library import FLOATING, LIBRARY, check_dtype, check_shap
 from longlive_rag.rotary import rotate_pairs
 
 _ARGUMENTS = (
-    "Tensor q, Tensor k_pages, Tensor v_pages, Tensor slots, Tensor positions, Tensor query_position, Tensor rotation, "
+    "Tensor q, Tensor k_pages, Tensor v_pages, Tensor slots, Tensor positions, Tensor query_position, Tensor frequencies, "
     "float scale"
 )
 LIBRARY.define(f"attend({_ARGUMENTS}) -> Tensor")
@@ -30,7 +30,7 @@ def attend(
     slots: Tensor,
     positions: Tensor,
     query_position: Tensor,
-    rotation: Tensor,
+    frequencies: Tensor,
     scale: float | None = None,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
@@ -42,7 +42,7 @@ def attend(
     slots: Tensor,
     positions: Tensor,
     query_position: Tensor,
-    rotation: Tensor,
+    frequencies: Tensor,
     scale: float | None = None,
     *,
     return_lse: Literal[True],
@@ -54,14 +54,14 @@ def attend(
     slots: Tensor,  # [B, N] int32
     positions: Tensor,  # [B, N] int32
     query_position: Tensor,  # [B, F] int32
-    rotation: Tensor,  # [P] float64
+    frequencies: Tensor,  # [P] float64
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of F frames of queries over the pages that a table names, without gathering or rewriting them.
 
     A query frame f meets page n at the temporal distance ``query_position[f] - positions[n]``; scores are those of the
-    query whose first P pairs are turned by that distance times `rotation`, against the key as stored. The softmax runs
+    query whose first P pairs are turned by that distance times `frequencies`, against the key as stored. The softmax runs
     over all tokens of all used pages of the sample.
 
     Args:
@@ -70,7 +70,7 @@ def attend(
         slots: page of each table entry; negative: unused. The order of the entries does not matter.
         positions: temporal position of each entry, ignored where unused.
         query_position: temporal position of each query frame.
-        rotation: radians per frame of the first P pairs of each head (`rotary.temporal_frequencies`).
+        frequencies: radians per frame of the first P pairs of each head (`rotary.temporal_frequencies`).
         scale: of the scores, positive; default 1 / sqrt(D).
         return_lse: also return the natural log of each row's sum of exponentials.
 
@@ -83,11 +83,11 @@ def attend(
 
     Source: the identity of docs/architecture.md, "Positions"; LongLive-RAG (arXiv 2606.02553), section 3.
     """
-    _check(q, k_pages, v_pages, slots, positions, query_position, rotation)
+    _check(q, k_pages, v_pages, slots, positions, query_position, frequencies)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     if not 0 < scale < float("inf"):
         raise ValueError(f"attend: scale must be positive and finite, got {scale}")
-    arguments = (q, k_pages, v_pages, slots, positions, query_position, rotation, scale)
+    arguments = (q, k_pages, v_pages, slots, positions, query_position, frequencies, scale)
     operation = torch.ops.longlive_rag.attend_with_lse if return_lse else torch.ops.longlive_rag.attend
     return operation(*arguments)
 
@@ -99,11 +99,11 @@ def _check(
     slots: Tensor,
     positions: Tensor,
     query_position: Tensor,
-    rotation: Tensor,
+    frequencies: Tensor,
 ) -> None:
     check_tensors(
         "attend", q=q, k_pages=k_pages, v_pages=v_pages, slots=slots, positions=positions,
-        query_position=query_position, rotation=rotation,
+        query_position=query_position, frequencies=frequencies,
     )  # fmt: skip
     check_dtype("attend", "q", q, *FLOATING)
     check_shape("attend", "q", q, "[B, F * T, H, D]", None, None, None, None)
@@ -123,18 +123,18 @@ def _check(
     check_shape("attend", "query_position", query_position, "[B, F]", batch, length // tokens)
     for name, table in (("slots", slots), ("positions", positions), ("query_position", query_position)):
         check_dtype("attend", name, table, torch.int32)
-    check_dtype("attend", "rotation", rotation, torch.float64)
-    check_shape("attend", "rotation", rotation, "[P]", None)
-    if 2 * rotation.shape[0] > head_dim:
+    check_dtype("attend", "frequencies", frequencies, torch.float64)
+    check_shape("attend", "frequencies", frequencies, "[P]", None)
+    if 2 * frequencies.shape[0] > head_dim:
         raise ValueError(
-            f"attend: rotation turns {rotation.shape[0]} pairs, but a head of {head_dim} has {head_dim // 2}"
+            f"attend: frequencies turns {frequencies.shape[0]} pairs, but a head of {head_dim} has {head_dim // 2}"
         )
 
 
-def _rotate_in_time(x: Tensor, position: Tensor, rotation: Tensor) -> Tensor:
-    """Turn the leading pairs of x [B, H, n, T, D] by position [B, n] times rotation [P]."""
-    angle = (position[..., None] * rotation)[:, None, :, None]
-    turned, still = x.split([2 * rotation.shape[0], x.shape[-1] - 2 * rotation.shape[0]], dim=-1)
+def _rotate_in_time(x: Tensor, position: Tensor, frequencies: Tensor) -> Tensor:
+    """Turn the leading pairs of x [B, H, n, T, D] by position [B, n] times frequencies [P]."""
+    angle = (position[..., None] * frequencies)[:, None, :, None]
+    turned, still = x.split([2 * frequencies.shape[0], x.shape[-1] - 2 * frequencies.shape[0]], dim=-1)
     return torch.cat([rotate_pairs(turned, torch.stack([angle.cos(), angle.sin()], dim=-1)), still], dim=-1)
 
 
@@ -145,7 +145,7 @@ def _gather(
     slots: Tensor,
     positions: Tensor,
     query_position: Tensor,
-    rotation: Tensor,
+    frequencies: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries [B, H, L, D], keys and values [B, H, N * T, D], turned to a common origin, and which keys are used."""
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -160,8 +160,8 @@ def _gather(
     # the angles small.
     origin = query_position[:, :1]
     queries = q.to(wide).unflatten(1, (-1, tokens)).permute(0, 3, 1, 2, 4)  # [B, H, F, T, D]
-    queries = _rotate_in_time(queries, query_position - origin, rotation)
-    keys = _rotate_in_time(pages(k_pages), (positions - origin).masked_fill(~used, 0), rotation)
+    queries = _rotate_in_time(queries, query_position - origin, frequencies)
+    keys = _rotate_in_time(pages(k_pages), (positions - origin).masked_fill(~used, 0), frequencies)
     mask = used.repeat_interleave(tokens, dim=1)[:, None, None]
     return queries.flatten(2, 3), keys.flatten(2, 3), pages(v_pages).flatten(2, 3), mask
 
@@ -173,10 +173,10 @@ def _reference(
     slots: Tensor,
     positions: Tensor,
     query_position: Tensor,
-    rotation: Tensor,
+    frequencies: Tensor,
     scale: float,
 ) -> Tensor:
-    queries, keys, values, mask = _gather(q, k_pages, v_pages, slots, positions, query_position, rotation)
+    queries, keys, values, mask = _gather(q, k_pages, v_pages, slots, positions, query_position, frequencies)
     out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
     out = out.masked_fill(~mask.any(dim=-1, keepdim=True), 0)
     return out.transpose(1, 2).to(q.dtype).contiguous()
@@ -189,10 +189,10 @@ def _reference_with_lse(
     slots: Tensor,
     positions: Tensor,
     query_position: Tensor,
-    rotation: Tensor,
+    frequencies: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    context = (q, k_pages, v_pages, slots, positions, query_position, rotation)
+    context = (q, k_pages, v_pages, slots, positions, query_position, frequencies)
     queries, keys, _, mask = _gather(*context)
     scores = (queries @ keys.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
     lse = scores.logsumexp(dim=-1).transpose(1, 2).float().contiguous()
@@ -224,7 +224,7 @@ def _cuda_attend_with_lse(q: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
 
 
 def _has_kernel(q: Tensor) -> bool:
-    """What csrc/cuda/attend.cuh handles; the rest, float32 above all, is left to the reference."""
+    """What csrc/cuda/attend_sm80.cuh handles; the rest, float32 above all, is left to the reference."""
     return q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] in (64, 128)
 
 
@@ -244,13 +244,13 @@ def _launch(
     slots: Tensor,
     positions: Tensor,
     query_position: Tensor,
-    rotation: Tensor,
+    frequencies: Tensor,
     scale: float,
 ) -> None:
-    tables = [table.contiguous() for table in (slots, positions, query_position, rotation)]
+    tables = [table.contiguous() for table in (slots, positions, query_position, frequencies)]
     q, k_pages, v_pages = (_cuda.aligned(tensor, 0) for tensor in (q, k_pages, v_pages))
     tensors = [q, k_pages, v_pages, *tables, out, lse]
-    sizes = _Sizes((*q.shape, k_pages.shape[2], slots.shape[1], rotation.shape[0]), _cuda.DTYPE_CODES[q.dtype])
+    sizes = _Sizes((*q.shape, k_pages.shape[2], slots.shape[1], frequencies.shape[0]), _cuda.DTYPE_CODES[q.dtype])
     if _is_hopper(q.device) and _hopper_workspace(q.device, sizes) is not None:
         _launch_sm90(tensors, sizes, scale)
     else:

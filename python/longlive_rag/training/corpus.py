@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longlive_rag.files import output_folder, write_json
-from longlive_rag.training.distributed import Ranks
+from longlive_rag.ranks import Ranks
 from longlive_rag.training.latents import write_latents
 
 SPARE_BYTES = 64 << 20

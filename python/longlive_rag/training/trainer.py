@@ -21,7 +21,7 @@ from tqdm import tqdm
 from longlive_rag.files import atomic_path
 from longlive_rag.training.chunks import Chunk, ChunkDataset, draw_chunks, fixed_chunks, split_videos
 from longlive_rag.training.config import TrainingConfig
-from longlive_rag.training.distributed import Ranks
+from longlive_rag.ranks import Ranks
 from longlive_rag.training.latents import Corpus
 from longlive_rag.training.losses import Losses, autoencoder_losses
 

@@ -1,0 +1,147 @@
+"""Trains the small world's backbone: ``python -m longlive_rag.small_world.train_backbone``, about an hour on one CPU core.
+
+Teacher forcing over chunks of 16 frames: each frame has one clean stream (timestep 0) and two noisy ones, and all of
+them attend to exactly what the frame would find in a cached roll-out (`JointAttention`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from longlive_rag import rotary
+from longlive_rag.small_world import training_data
+from longlive_rag.small_world.backbone import ASSETS, Backbone, load_codec
+from longlive_rag.small_world.joint_attention import JointAttention
+from longlive_rag.small_world.training_data import Batch, LatentWorld
+from longlive_rag.files import atomic_path
+
+WARM_UP = 100  # steps
+SAVE_EVERY = 120  # seconds
+EMA_DECAY = 0.998
+
+
+class Trainer:
+    """The model, its moving average and its optimizer. `elapsed` is the training time in seconds, which the learning
+    rate follows: whatever the machine, the run ends on time."""
+
+    def __init__(self, minutes: float, learning_rate: float, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.minutes, self.learning_rate, self.seed = minutes, learning_rate, seed
+        self.step, self.elapsed = 0, 0.0
+        self.model = Backbone()
+        self.average = {name: value.clone() for name, value in self.model.state_dict().items()}
+        named = dict(self.model.named_parameters())
+        decayed = [name for name, value in named.items() if value.ndim >= 2 and name != "prompts"]
+        groups = [
+            {"params": [named[name] for name in decayed], "weight_decay": 0.01},
+            {"params": [value for name, value in named.items() if name not in decayed], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.98))
+        head_dim = self.model.head_dim
+        self.spatial = rotary.spatial_rotation(*self.model.token_grid(8, 8), head_dim)
+        self.frequencies = rotary.temporal_frequencies(head_dim)
+        self.compiled_loss = torch.compile(self.loss, dynamic=False)
+        self.compiled = False  # the first step compiles; that is no training
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Weighted mean square error of the clean prediction, and the error of each noisy frame."""
+        attention = JointAttention(batch.context, batch.distance, batch.used, self.spatial, self.frequencies)
+        prompt = [(k[batch.views], v[batch.views]) for k, v in self.model.prepare_prompt(self.model.prompts)]
+        clean = self.model.predict_clean(batch.latents, batch.timestep, prompt, attention)
+        chunks, noisy, frames = batch.target.shape[:3]
+        clean = clean.view(chunks, 1 + noisy, frames, *batch.target.shape[3:])[:, 1:]
+        error = (clean - batch.target).square() * batch.weight
+        return error.mean(), error.detach().mean(dim=(3, 4, 5))
+
+    def rate(self) -> float:
+        """Factor of the learning rate: linear warm-up, then a cosine over the time there is."""
+        part = min(1.0, self.elapsed / (60 * self.minutes))
+        return min(1.0, (self.step + 1) / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * part)) + 0.005
+
+    def train_step(self, batch: Batch) -> tuple[float, Tensor]:
+        begun = time.monotonic()
+        loss, errors = self.compiled_loss(batch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate * self.rate()
+        self.optimizer.step()
+        self.step += 1
+        decay = min(EMA_DECAY, 1 - (self.step + 1) ** -0.9)
+        with torch.no_grad():
+            current = self.model.state_dict()
+            torch._foreach_lerp_(list(self.average.values()), [current[name] for name in self.average], 1 - decay)
+        if self.compiled:
+            self.elapsed += time.monotonic() - begun
+        self.compiled = True
+        return loss.item(), errors
+
+    def save(self, path: Path) -> None:
+        """The average at `path` in half precision, all that resuming needs beside it."""
+        with atomic_path(path) as partial:
+            save_file({name: value.half().contiguous() for name, value in self.average.items()}, partial)
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "elapsed": self.elapsed,
+        }
+        with atomic_path(path.with_suffix(".state")) as partial:
+            torch.save(state, partial)
+
+    def resume(self, path: Path) -> None:
+        state = torch.load(path.with_suffix(".state"), weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average, self.step, self.elapsed = state["average"], state["step"], state["elapsed"]
+        torch.manual_seed(self.seed + self.step)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--codec", type=Path, default=ASSETS / "codec.safetensors")
+    parser.add_argument("--output", type=Path, default=ASSETS / "backbone.safetensors")
+    parser.add_argument("--minutes", type=float, default=60.0, help="the learning rate falls over this time")
+    parser.add_argument("--chunks", type=int, default=8, help="in a batch")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from the state beside the output")
+    options = parser.parse_args()
+
+    trainer = Trainer(options.minutes, options.learning_rate, options.seed)
+    if options.resume:
+        trainer.resume(options.output)
+    generator = np.random.default_rng([options.seed, trainer.step])
+    latent_world = LatentWorld(load_codec(options.codec))
+    saved = time.monotonic()
+    by_level = defaultdict(list)
+    while trainer.elapsed < 60 * options.minutes:
+        batch = training_data.draw_batch(latent_world, generator, options.chunks)
+        loss, errors = trainer.train_step(batch)
+        level = batch.timestep.view(options.chunks, -1, training_data.CHUNK)[:, 1:] / 1000
+        for value in training_data.noise_levels().tolist():
+            chosen = (level - value).abs() < 1e-4
+            by_level[value].append((errors[chosen] * (level[chosen] + 0.1)).mean().item())
+        if trainer.step % 25 == 0:
+            levels = " ".join(f"{value:.2f}:{np.nanmean(values):.4f}" for value, values in by_level.items())
+            print(f"step {trainer.step} minutes {trainer.elapsed / 60:.2f} loss {loss:.4f} {levels}", flush=True)
+            by_level.clear()
+        if time.monotonic() - saved > SAVE_EVERY:
+            trainer.save(options.output)
+            saved = time.monotonic()
+    trainer.save(options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Rolling Forcing: a window of blocks at falling noise levels, and a clean pass over the first of them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from longlive_rag.backbones.families.family import Arguments, Family
+from longlive_rag.backbones.follow import Follower
+from longlive_rag.context import ContextPlan
+
+
+class RollingForcing(Family):
+    """The window's later blocks are seen by nothing but the window, so only the clean pass can finish a block."""
+
+    name = "Rolling Forcing"
+    marks = frozenset({"updating_cache"})
+    drafts = False
+
+    def begin(self, sequence: Follower, start: int, frames: int, latents: Tensor, arguments: Arguments) -> None:
+        sequence.follow(start, frames, latents, CleanPlan if arguments.get("updating_cache") else WindowPlan)
+
+
+class WindowPlan(ContextPlan):
+    """Context of the window of blocks."""
+
+    def keeps(self, frame: int) -> bool:
+        # The clean pass looks further back than the window.
+        oldest = self.start + self.config.block_frames - self.config.context_frames
+        return frame < self.config.sink_frames or frame >= oldest
+
+
+class CleanPlan(WindowPlan):
+    """Context of the clean pass: without the sink, and that much longer in the past."""
+
+    @property
+    def local_columns(self) -> int:
+        return self.config.local_frames + self.config.sink_frames
+
+    @property
+    def sink(self) -> range:
+        return range(0)

@@ -1,0 +1,69 @@
+"""The inside of `longlive-rag run`: patches the first causal video transformer that a script calls."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from longlive_rag.backbones.find import holds_causal_attention
+from longlive_rag.backbones.patch import Patched, patch
+from longlive_rag.commands.run import Settings
+from longlive_rag.embedding import LatentAutoencoder
+from longlive_rag.files import atomic_path
+from longlive_rag.retrieval_log import retrieval_entries
+
+
+def watch() -> None:
+    """From now on, look at each module that is called for the first time, until one holds a causal transformer."""
+    settings = Settings.from_environment()
+    # Modules that were looked at; a model is complete when it is first called, LoRA, FSDP and all.
+    seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def look(module: nn.Module, _: Any) -> None:
+        if module in seen:
+            return
+        seen.add(module)
+        if holds_causal_attention(module):
+            handle.remove()
+            _patch(module, settings)
+
+    handle = register_module_forward_pre_hook(look)
+
+
+def _patch(module: nn.Module, settings: Settings) -> None:
+    try:
+        embedding = None
+        if settings.embedding is not None:
+            device = next(module.parameters()).device
+            embedding = LatentAutoencoder.from_checkpoint(settings.embedding).to(device)
+        patched = patch(
+            module,
+            settings.config,
+            embedding=embedding,
+            device_frames=settings.device_frames,
+            release_cache=not settings.keep_cache,
+        )
+    except (TypeError, ValueError, OSError) as error:
+        print(f"longlive-rag run: {error}", file=sys.stderr)
+        sys.exit(2)
+    atexit.register(_report, patched, settings.reports / f"{os.getpid()}.json")
+
+
+def _report(patched: Patched, path: Path) -> None:
+    videos = [
+        retrieval_entries(retrieved, video)
+        for retrieved in [*patched.finished, patched.retrieved]
+        if retrieved
+        for video in range(len(retrieved[0].frames))
+    ]
+    content = {"family": patched.family, "released_bytes": patched.released_bytes, "videos": videos}
+    with atomic_path(path) as beside:
+        beside.write_text(json.dumps(content))

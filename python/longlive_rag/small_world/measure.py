@@ -1,0 +1,265 @@
+"""Videos of the small world under each context policy, and the answer to "did it stay itself?"."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longlive_rag.small_world import world
+from longlive_rag.small_world.backbone import (
+    DENOISING_STEPS,
+    TIMESTEP_SHIFT,
+    Backbone,
+    load_backbone,
+    load_codec,
+    load_encoder,
+)
+from longlive_rag.small_world.codec import LATENT_CHANNELS, LATENT_SIZE, Codec
+from longlive_rag.small_world.policies import POLICIES, Policy
+from longlive_rag.embedding import Embedding
+from longlive_rag.generation.rollout import FinishedBlock, stream
+
+Tick = Callable[[int], object]
+MOST_WORKERS = 4  # of about 0.5 GB each
+AWAY = 5  # an inhabitant out of sight for more frames than this has left every window
+
+
+@dataclass(frozen=True)
+class Recall:
+    """What one block of every video got from memory, most similar first."""
+
+    block_start: int
+    frames: list[list[int]]
+    similarity: list[list[float]]
+
+
+@dataclass(frozen=True)
+class Videos:
+    """Videos of one policy."""
+
+    frames: np.ndarray  # uint8 [videos, frames, 64, 64, 3]
+    recalls: list[Recall]  # one for each block with memory
+
+
+@dataclass(frozen=True)
+class Revisit:
+    """An inhabitant comes back into view."""
+
+    frame: int  # the first in which it is wholly visible again
+    spot: int
+    first_seen: int  # last frame of its first visit
+
+
+def revisits(walk: world.Walk) -> list[Revisit]:
+    """Every return, after the first lap, of an inhabitant that was not wholly visible for more than `AWAY` frames."""
+    found = []
+    for spot in range(len(world.SPOTS)):
+        seen = np.flatnonzero([spot in world.visible_spots(int(view)) for view in walk.views])
+        breaks = np.flatnonzero(np.diff(seen) > 1)
+        for last, frame in zip(seen[breaks], seen[breaks + 1], strict=True):
+            if frame >= walk.lap and frame - last - 1 > AWAY:
+                found.append(Revisit(int(frame), spot, int(seen[breaks[0]])))
+    return sorted(found, key=lambda revisit: (revisit.frame, revisit.spot))
+
+
+def prompt_schedule(model: Backbone, walk: world.Walk) -> list[tuple[int, Tensor]]:
+    """The prompt of each camera position, from the frame on where it begins to hold."""
+    return [
+        (frame, model.prompts[int(view)][None])
+        for frame, view in enumerate(walk.views)
+        if frame == 0 or view != walk.views[frame - 1]
+    ]
+
+
+def initial_noise(seed: int, videos: int, frames: int) -> Tensor:
+    """[videos, frames, 16, 8, 8], the same for every policy: videos are compared in pairs."""
+    shape = (frames, LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
+    generators = (torch.Generator().manual_seed(1000 * seed + video) for video in range(videos))
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+def first_lap(codec: Codec, walk: world.Walk, cast: np.ndarray) -> Tensor:
+    """Rendered latents of the first lap: [videos, lap, 16, 8, 8] for casts [videos, spots]."""
+    views, phases = walk.views[: walk.lap], walk.phases[: walk.lap]
+    return torch.stack([codec.encode(world.render(views, phases, sprites)) for sprites in cast])
+
+
+def generate(
+    model: Backbone,
+    policy: Policy,
+    walk: world.Walk,
+    *,
+    seed: int,
+    videos: int,
+    given: Tensor | None = None,
+    embedding: Embedding | None = None,
+) -> Iterator[FinishedBlock]:
+    """Stream `videos` videos of one policy; with `given`, the first lap is not the model's own."""
+    noise = initial_noise(seed, videos, len(walk.views))
+    return stream(
+        model,
+        noise.split(policy.config.block_frames, dim=1),
+        prompt_schedule(model, walk),
+        policy.config,
+        embedding=embedding or load_encoder(),
+        denoising_steps=DENOISING_STEPS,
+        timestep_shift=TIMESTEP_SHIFT,
+        seed=seed,
+        selection=policy.selection(walk, seed) if policy.selection else None,
+        given=given,
+        capacity=len(walk.views),
+    )
+
+
+def collect(codec: Codec, blocks: Iterable[FinishedBlock], tick: Tick = lambda frames: None) -> Videos:
+    """Decode a stream; `tick` hears how many frames every finished block has."""
+    frames, recalls = [], []
+    for block in blocks:
+        batch, length = block.latents.shape[:2]
+        frames.append(codec.decode(block.latents.flatten(0, 1)).reshape(batch, length, world.SIZE, world.SIZE, 3))
+        if block.retrieval is not None:
+            recalls.append(Recall(block.start, block.retrieval.frames, block.retrieval.similarity))
+        tick(length)
+    return Videos(np.concatenate(frames, axis=1), recalls)
+
+
+def answers(walk: world.Walk, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Decode what a score needs from videos [videos, frames, 64, 64, 3].
+
+    Returns:
+        Three arrays [videos, revisits]: who was there at the end of the first visit; who is there at the return; how
+        far that one is from a rendered sprite.
+    """
+    events = revisits(walk)
+    needed = sorted({event.frame for event in events} | {event.first_seen for event in events})
+    place = {frame: index for index, frame in enumerate(needed)}
+    decoded = [world.decode(video[needed], walk.views[needed]) for video in frames]
+    sprites, errors = (np.stack(part) for part in zip(*decoded, strict=True))
+    spots = [event.spot for event in events]
+    first, now = ([place[getattr(event, name)] for event in events] for name in ("first_seen", "frame"))
+    return sprites[:, first, spots], sprites[:, now, spots], errors[:, now, spots]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Share of inhabitants that are still themselves when they come back."""
+
+    correct: np.ndarray  # bool [videos, revisits]
+    chance: float
+    error: float
+
+    def interval(self, chosen: np.ndarray | None = None, draws: int = 2000) -> dict[str, float | int]:
+        """Mean over videos with its 95% bootstrap interval over videos, as the report holds it."""
+        correct = self.correct if chosen is None else self.correct[:, chosen]
+        each = correct.mean(axis=1)
+        means = np.random.default_rng(0).choice(each, (draws, len(each))).mean(axis=1)
+        low, high = np.quantile(means, (0.025, 0.975))
+        numbers = {"mean": each.mean(), "low": low, "high": high}
+        return {**{name: round(float(value), 4) for name, value in numbers.items()}, "videos": len(each)}
+
+
+def score(truth: np.ndarray, now: np.ndarray, error: np.ndarray) -> Score:
+    """Compare who should be there [videos, revisits] with who is.
+
+    Chance is what the same answers reach against the truth of *other* videos: not 1 / 16 where a model prefers some
+    sprites.
+    """
+    crossed = [now == np.roll(truth, shift, axis=0) for shift in range(1, len(truth))]
+    return Score(now == truth, float(np.mean(crossed)), float(error.mean()))
+
+
+def measure(
+    model: Backbone,
+    codec: Codec,
+    policy: Policy,
+    walk: world.Walk,
+    *,
+    seed: int,
+    videos: int,
+    given: bool,
+    tick: Tick = lambda frames: None,
+) -> tuple[Score, Videos]:
+    """Generate and score; the first lap is given, or the model's own."""
+    cast = world.draw_cast(np.random.default_rng(seed), videos)
+    lap = first_lap(codec, walk, cast) if given else None
+    result = collect(codec, generate(model, policy, walk, seed=seed, videos=videos, given=lap), tick)
+    first, now, error = answers(walk, result.frames)
+    truth = cast[:, [event.spot for event in revisits(walk)]] if given else first
+    return score(truth, now, error), result
+
+
+# ---- all policies, in worker processes -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """One policy, with the first lap given or generated."""
+
+    policy: str
+    given: bool
+
+
+def measure_all(
+    track: str, frames: int, *, policies: Sequence[str], seed: int, videos: int, tick: Tick, workers: int | None = None
+) -> dict[Job, tuple[Score, Videos]]:
+    """Measure the bundled backbone under several policies, each in one thread, as many at a time as there are cores.
+
+    A roll-out of this size is a long chain of tiny operations: two processes use two cores where two threads would not.
+    """
+    walk = world.walk(track, frames)
+    jobs = [Job(policy, given) for policy in policies for given in (True, False)]
+    workers = workers or min(_cores(), MOST_WORKERS)
+    context = multiprocessing.get_context("spawn")
+    counter, stop = context.Value("l", 0), context.Event()
+    executor = ProcessPoolExecutor(workers, context, _start_worker, (counter, stop))
+    told = 0
+    try:
+        futures = {executor.submit(_work, job, walk, seed, videos): job for job in jobs}
+        pending = set(futures)
+        while pending:
+            _, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
+            now = counter.value
+            tick(now - told)
+            told = now
+        return {job: future.result() for future, job in futures.items()}
+    finally:
+        stop.set()
+        executor.shutdown(cancel_futures=True)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _start_worker(counter: Any, stop: Any) -> None:
+    global _shared, _models
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's, which sets `stop`
+    torch.set_num_threads(1)
+    _shared, _models = (counter, stop), (load_backbone(), load_codec())
+
+
+def _work(job: Job, walk: world.Walk, seed: int, videos: int) -> tuple[Score, Videos]:
+    counter, stop = _shared
+
+    def tick(frames: int) -> None:
+        if stop.is_set():
+            raise InterruptedError("the demo was stopped")
+        with counter.get_lock():
+            counter.value += frames
+
+    model, codec = _models
+    return measure(model, codec, POLICIES[job.policy], walk, seed=seed, videos=videos, given=job.given, tick=tick)
+
+
+_shared: Any = None
+_models: Any = None
