@@ -5,25 +5,28 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 from longlive_rag.files import check_writable, write_json
+from longlive_rag.options import Positional
 
 Benchmark = Literal["insert", "retrieve", "attend", "layer", "block"]
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure how fast the operations are here.
+    """Measure how fast the operations run on this machine.
 
-    Every line has our time, the least time that the machine allows (from copy and matrix product rates measured in the
-    same run), the share of that limit reached, and the peers' times. Without a GPU the PyTorch reference is measured at
-    small sizes, which says nothing about the kernels.
+    Each line gives our time, the least time that the machine allows (from the copy and matrix-product rates measured in
+    the same run), the share of that limit reached, and the times of other implementations. Without a GPU, the PyTorch
+    reference is measured at small sizes, which says nothing about the kernels.
+
+    Examples:
+      longlive-rag bench
+      longlive-rag bench retrieve attend --json results.json --plot results.png
     """
 
-    benchmarks: Annotated[tuple[Benchmark, ...], tyro.conf.Positional] = (
+    benchmarks: Positional[tuple[Benchmark, ...]] = (
         "insert",
         "retrieve",
         "attend",
@@ -32,9 +35,9 @@ class Bench:
     )
     """What to measure."""
     json: Path | None = None
-    """Write the results with the machine, clocks and versions to this file."""
+    """Write the results to this JSON file, with the machine, its clocks and the versions."""
     plot: Path | None = None
-    """Draw them into this file."""
+    """Draw the results to this image file."""
 
     def run(self) -> int:
         for path in (self.json, self.plot):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from longlive_rag.training.corpus import LatentSource, write_corpus
 from longlive_rag.ranks import Ranks
@@ -12,39 +12,51 @@ from longlive_rag.ranks import Ranks
 
 @dataclass(frozen=True)
 class Corpus:
-    """Make a corpus of clean latents, one safetensors file a video, for `longlive-rag train`.
+    """Generate the clean latents that `longlive-rag train` learns from, one safetensors file per video.
 
-    Videos that are there already are kept, so an interrupted run is simply started again. Under torchrun the ranks
-    share the work, over GPUs and machines.
+    Existing files are kept, so an interrupted run continues when it is started again. Under torchrun, the processes
+    share the work across GPUs and machines.
+
+    Examples:
+      longlive-rag corpus --output corpus
+      longlive-rag corpus --output corpus --source self-forcing --videos 1000 \\
+          --checkpoint self_forcing_dmd.pt --wan-dir Wan2.1-T2V-1.3B \\
+          --prompts prompts.txt
     """
+
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "what to make": ("output", "source", "videos", "frames", "height", "width", "seed"),
+        "Wan-family sources": ("checkpoint", "lora", "wan_dir", "prompts"),
+        "machine": ("batch", "device"),
+    }
 
     output: Path
     """Folder for the latents; created if it is missing."""
     source: Literal["small-world", "world", "self-forcing", "causal-forcing", "longlive", "wan"] = "small-world"
-    """What makes the videos: the bundled small-world backbone; "world": the small world's true videos, encoded; or a
-    Wan-family checkpoint."""
+    """Where the videos come from: small-world is the bundled backbone, world the small world's true videos, encoded;
+    the others are Wan-family checkpoints."""
     videos: int = 96
-    """How many."""
+    """Number of videos."""
     frames: int | None = None
-    """Latent frames of each; default 64 in the small world, else 90, the paper's."""
+    """Latent frames per video. Default: 64 for the small world, or 90 (as in the paper) for Wan."""
     seed: int = 0
-    """Of prompts and noise; video i is the same whatever it is made together with."""
+    """Seed of prompts and noise; each video depends only on the seed and its number."""
     batch: int = 8
-    """Videos the small-world backbone makes together; Wan makes one at a time."""
+    """Videos that the small-world backbone generates at once; Wan generates one at a time."""
     checkpoint: Path | None = None
-    """The Wan-family transformer's weights."""
+    """Weights of the transformer."""
     lora: Path | None = None
-    """LoRA to merge into them (LongLive's)."""
+    """LoRA to merge into the weights (LongLive has one)."""
     wan_dir: Path | None = None
-    """Folder with Wan's text encoder, tokenizer and VAE."""
+    """Folder with the text encoder, tokenizer and VAE of Wan2.1-T2V-1.3B."""
     prompts: Path | None = None
-    """Prompt pool for Wan: text file with one prompt per line."""
+    """Text file with one prompt per line."""
     height: int = 480
-    """Pixels of Wan's videos, a multiple of 16."""
+    """Height of Wan's videos, a multiple of 16."""
     width: int = 832
-    """Pixels of Wan's videos, a multiple of 16."""
+    """Width of Wan's videos, a multiple of 16."""
     device: str | None = None
-    """Default: the GPU if there is one."""
+    """cpu, cuda or cuda:N. Default: the GPU if there is one."""
 
     def run(self) -> int:
         for name in ("videos", "batch"):

@@ -14,22 +14,26 @@ LEAST_FRAMES = 120
 
 @dataclass(frozen=True)
 class Demo:
-    """Generate a long video under every context policy with the bundled small backbone, and see which one stays itself.
+    """Generate the same long video under every context policy, and see which policy stays true to its beginning.
 
-    Needs no GPU and no download. Leaves a video for each policy, comparison.mp4 (side by side), memory.png and
-    report.json.
+    Uses the bundled small backbone: no GPU, no download, a few minutes on a CPU. Writes one video per policy,
+    comparison.mp4 (all of them side by side), memory.png (what was retrieved) and report.json.
+
+    Examples:
+      longlive-rag demo --output demo
+      longlive-rag demo --output pans --track pans --laps 8
     """
 
     output: Path
     """Folder for the results; created if it is missing."""
     seed: int = 0
-    """Of the noise and of the inhabitants."""
+    """Seed of the noise and of the inhabitants."""
     laps: int = 5
-    """Times the camera goes over the whole world; at least 2, and always enough for 120 frames."""
+    """Number of times the camera goes round the whole world: at least 2, and raised to reach 120 frames."""
     track: Literal["cuts", "pans"] = "cuts"
-    """The camera cuts between four places, or pans over them and back."""
+    """What the camera does: cut between four places, or pan across them and back."""
     videos: int = 4
-    """Videos per policy that the report counts; the first is written."""
+    """Videos generated per policy for the report, at least 2; only the first is written to disk."""
 
     def run(self) -> int:
         if self.laps < 2:

@@ -9,10 +9,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,60 +39,77 @@ class Job:
 class Generate:
     """Generate long videos with retrieval memory from a Wan-family checkpoint and prompts.
 
-    Leaves, for each prompt, a video that grows as it is made, and beside it what each block retrieved (JSON, PNG).
-    Videos that are there already are skipped, so an interrupted run goes on where it stopped. Under torchrun, each
-    process takes its share of the prompts.
+    Writes one video per prompt, which can be watched while it grows, with a log of what each block retrieved (JSON and
+    PNG) next to it. Finished videos are skipped, so an interrupted run continues when it is started again. Under
+    torchrun, the processes share the prompts.
+
+    Examples:
+      longlive-rag generate --backbone self-forcing \\
+          --checkpoint self_forcing_dmd.pt --wan-dir Wan2.1-T2V-1.3B --seconds 60 \\
+          --prompt "A red fox walks through snow" --output videos
+      torchrun --nproc-per-node 8 --no-python longlive-rag generate \\
+          --backbone longlive --checkpoint longlive_base.pt --lora lora.pt \\
+          --wan-dir Wan2.1-T2V-1.3B --prompts prompts.txt --output videos
     """
 
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "what to make": ("output", "prompt", "prompts", "seconds", "fps", "height", "width", "overwrite"),
+        "weights": ("backbone", "wan_dir", "checkpoint", "weights", "lora", "lora_alpha", "embedding"),
+        "context policy": ("memory",),
+        "sampling": ("denoising_steps", "timestep_shift", "context_noise", "seed"),
+        "machine": ("device", "dtype", "low_memory", "device_frames"),
+    }
+
     backbone: Literal["self-forcing", "causal-forcing", "longlive", "wan"]
-    """Family of the checkpoint; wan: any causal few-step model with Wan's transformer."""
+    """Family of the checkpoint; wan is any other causal few-step model with Wan's transformer."""
     wan_dir: Path
-    """Folder with text encoder, tokenizer and VAE: Wan2.1-T2V-1.3B, Wan's own layout or diffusers'."""
+    """Folder with the text encoder, tokenizer and VAE of Wan2.1-T2V-1.3B, in Wan's or diffusers' layout."""
     output: Path
     """Folder for the videos; created if it is missing."""
     checkpoint: Path | None = None
-    """The transformer's weights: .pt, .safetensors, an index of shards, or a folder."""
+    """Weights of the transformer: .pt, .safetensors, an index of shards, or a folder. If it is left out, the error says
+    where to download them."""
     lora: Path | None = None
-    """LoRA to merge into them (LongLive's)."""
+    """LoRA to merge into the weights (LongLive has one)."""
     lora_alpha: float | None = None
-    """Scale of the LoRA times its rank; default the rank."""
+    """Alpha of the LoRA, whose scale is alpha / rank. Default: its rank."""
     weights: str | None = None
-    """Entry of a .pt checkpoint to take, such as generator_ema; default what the backbone's authors evaluate."""
+    """Entry of a .pt checkpoint to load, such as generator_ema. Default: the one that the authors evaluate."""
     prompt: str | None = None
-    """The prompt."""
+    """Text that describes the video; either this or --prompts must be given."""
     prompts: Path | None = None
-    """Text file with one prompt per line, instead of --prompt."""
+    """Text file with one prompt per line, for one video each."""
     seconds: float = 30.0
     """Length of each video, rounded up to whole blocks."""
     fps: float = 16.0
-    """Pictures per second of the video."""
+    """Frames per second of the video file."""
     height: int = 480
-    """Pixels, a multiple of 16."""
+    """A multiple of 16."""
     width: int = 832
-    """Pixels, a multiple of 16."""
-    memory: Annotated[RetrievalConfig, tyro.conf.arg(name="")] = field(default_factory=RetrievalConfig)
+    """A multiple of 16."""
+    memory: RetrievalConfig = field(default_factory=RetrievalConfig)
     """The context policy."""
     embedding: Path | None = None
-    """Checkpoint of the retrieval autoencoder that memory is searched by; default the mean of each latent channel."""
+    """Checkpoint of the retrieval autoencoder used to search memory. Default: the mean of each latent channel."""
     denoising_steps: tuple[float, ...] = PAPER_STEPS
-    """Timesteps before the shift, descending from 1000."""
+    """Timesteps in descending order from 1000, before the shift."""
     timestep_shift: float = 5.0
     """Shift of the noise schedule."""
     context_noise: float = 0.0
-    """Timestep of the clean pass, whose keys and values later blocks see."""
+    """Timestep of the clean pass, which writes the keys and values that later blocks attend to."""
     seed: int = 0
-    """Of the noise; the same for every prompt."""
+    """Seed of the noise, the same for every prompt."""
     device: str = "auto"
-    """cpu, cuda or cuda:N; auto: a GPU if there is one, under torchrun that of the process."""
+    """cpu, cuda, cuda:N or auto: the GPU if there is one, under torchrun that of the process."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Of weights and memory; auto: bfloat16 on a GPU, float32 on a CPU."""
+    """Precision of weights and memory; auto is bfloat16 on a GPU and float32 on a CPU."""
     low_memory: bool = False
-    """Run the text encoder on the CPU, and keep the VAE there while the transformer works."""
+    """Run the text encoder on the CPU, and keep the VAE there while the transformer runs."""
     device_frames: int | None = None
-    """Latent frames whose keys and values stay on the GPU, at least context_frames; older ones wait in host memory and
-    come back when they are retrieved. Default: as many as fit."""
+    """Latent frames whose keys and values stay on the GPU, at least --context-frames; older ones move to host memory
+    and come back when they are retrieved. Default: as many as fit."""
     overwrite: bool = False
-    """Make videos again that are there already."""
+    """Generate finished videos again."""
 
     def run(self) -> int:
         settings, prompts = self._settings(), self._prompts()

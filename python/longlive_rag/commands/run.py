@@ -10,12 +10,11 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
-
-import tyro
+from typing import ClassVar
 
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.files import atomic_path
+from longlive_rag.options import Positional
 
 ENVIRONMENT = "LONGLIVE_RAG_RUN"
 STARTUP = Path(__file__).parents[1] / "backbones" / "run" / "startup"
@@ -53,26 +52,35 @@ class Settings:
 
 @dataclass(frozen=True)
 class Run:
-    """Run a script with its causal video model patched, and no change to the script.
+    """Run an inference script with retrieval memory added to its video model, without changing the script.
 
-    longlive-rag run [OPTIONS] -- python inference.py [ITS OPTIONS]
+    In every Python process that the command starts, the first causal video transformer called is patched. Launchers
+    such as torchrun work too.
 
-    The first causal video transformer that any Python process of the command calls gets retrieval memory. Launchers
-    such as torchrun may stand between.
+    Examples:
+      longlive-rag run -- python inference.py --config_path configs/config.yaml
+      longlive-rag run --memory-frames 4 --log retrieved.json -- \\
+          torchrun --nproc-per-node 8 inference.py
     """
 
-    command: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="-- COMMAND")]
-    """What to run."""
-    memory: Annotated[RetrievalConfig, tyro.conf.arg(name="")] = field(default_factory=RetrievalConfig)
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "context policy": ("memory", "embedding"),
+        "machine": ("device_frames", "keep_cache"),
+        "output": ("log",),
+    }
+
+    command: Positional[tuple[str, ...]]
+    """The command to run, with its own options."""
+    memory: RetrievalConfig = field(default_factory=RetrievalConfig)
     """The context policy."""
     embedding: Path | None = None
-    """Checkpoint of the retrieval autoencoder that memory is searched by; default the mean of each latent channel."""
+    """Checkpoint of the retrieval autoencoder used to search memory. Default: the mean of each latent channel."""
     device_frames: int | None = None
-    """At most this many latent frames of each video on the GPU; older ones wait in host memory. Default all."""
+    """Latent frames of each video that stay on the GPU at most; older ones move to host memory. Default: all."""
     keep_cache: bool = False
-    """Leave the pipeline's own key-value cache allocated, though nothing reads it."""
+    """Keep the pipeline's own key-value cache allocated, although nothing reads it."""
     log: Path | None = None
-    """File for what each block of each video got from memory (JSON)."""
+    """Write what each block of each video retrieved to this JSON file."""
 
     def run(self) -> int:
         if not self.command:

@@ -6,10 +6,9 @@ import shlex
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import ClassVar
 
 import torch
-import tyro
 
 from longlive_rag.embedding import LatentAutoencoder
 from longlive_rag.files import output_folder, write_json
@@ -23,36 +22,59 @@ from longlive_rag.training.trainer import BEST, LAST, METRICS, Trainer
 
 @dataclass(frozen=True)
 class Train:
-    """Train the retrieval autoencoder on a corpus of latents, or --evaluate trained ones.
+    """Train the retrieval autoencoder on a corpus of latents, or compare trained ones with --evaluate.
 
-    An interrupted training (Ctrl-C, SIGTERM) is saved, and goes on with --resume as if nothing had happened. Under
-    torchrun the ranks share each step.
+    When training is interrupted (Ctrl-C, SIGTERM), its state is saved; --resume continues exactly where it stopped.
+    Under torchrun, the processes share each step.
+
+    Examples:
+      longlive-rag train --data corpus --output encoder
+      longlive-rag train --data corpus --output encoder --resume
+      longlive-rag train --evaluate encoder/best.pt --output comparison
     """
 
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "what to do": ("output", "data", "resume", "ablation", "evaluate", "also", "bad_data"),
+        "model": ("embedding_dim", "hidden_dims"),
+        "losses": ("delta_weight", "delta_window", "delta_margin", "smooth_weight"),
+        "optimisation": (
+            "epochs",
+            "batch",
+            "learning_rate",
+            "weight_decay",
+            "gradient_clip",
+            "chunk_frames",
+            "chunks_per_video",
+            "validation_fraction",
+            "seed",
+        ),
+        "machine and logging": ("device", "precision", "workers", "save_every", "tensorboard"),
+    }
+
     output: Path
-    """Folder for checkpoints, metrics and pictures; created if it is missing."""
+    """Folder for checkpoints, metrics and plots; created if it is missing."""
     data: Path | None = None
-    """Folder of latents: safetensors files of `longlive-rag corpus`, or .pt files [T, C, H, W]."""
+    """Folder of latents: safetensors files from `longlive-rag corpus`, or .pt files of shape [T, C, H, W]."""
     ablation: bool = False
-    """Train without each temporal loss and without both, too, and evaluate them all."""
+    """Also train without each temporal loss and without both, and compare them all."""
     evaluate: tuple[Path, ...] = ()
-    """Do not train: compare these checkpoints with average pooling on the small world; leaves report.json and
+    """Instead of training, compare these checkpoints with average pooling on the small world; writes report.json and
     embeddings.png."""
     also: tuple[Path, ...] = ()
-    """Files of latents, or videos, whose similarity against time lag is measured in an evaluation, too."""
+    """Files of latents, or videos, for which a comparison also measures similarity against time lag."""
     resume: bool = False
-    """Go on with the training in the folder."""
+    """Continue the training in the output folder."""
     bad_data: BadData = "refuse"
-    """A file that cannot be trained on: "refuse" the corpus, or "skip" the file."""
+    """What to do about a file that cannot be trained on: refuse the corpus, or skip the file."""
     save_every: int = 50
-    """Epochs between checkpoints that are kept."""
+    """Epochs between the checkpoints that are kept."""
     device: str | None = None
-    """Default: the GPU if there is one."""
+    """cpu, cuda or cuda:N. Default: the GPU if there is one."""
     workers: int = 0
-    """Processes that read latents for each rank."""
+    """Data-loading processes per rank."""
     tensorboard: bool = False
-    """Write TensorBoard events, too (pip install 'longlive_rag[tensorboard]')."""
-    training: Annotated[TrainingOptions, tyro.conf.arg(name="")] = field(default_factory=TrainingOptions)
+    """Also write TensorBoard events (pip install 'longlive_rag[tensorboard]')."""
+    training: TrainingOptions = field(default_factory=TrainingOptions)
     """The objective and its optimisation."""
 
     def run(self) -> int:
