@@ -67,8 +67,7 @@ class Generate:
     output: Path
     """Folder for the videos; created if it is missing."""
     checkpoint: Path | None = None
-    """Weights of the transformer: .pt, .safetensors, an index of shards, or a folder. If it is left out, the error says
-    where to download them."""
+    """Weights of the transformer: .pt, .safetensors, an index of shards, or a folder."""
     lora: Path | None = None
     """LoRA to merge into the weights (LongLive has one)."""
     lora_alpha: float | None = None
