@@ -27,6 +27,7 @@ from longlive_rag.small_world.codec import LATENT_CHANNELS, LATENT_SIZE, Codec
 from longlive_rag.small_world.policies import POLICIES, Policy
 from longlive_rag.embedding import Embedding
 from longlive_rag.generation.rollout import FinishedBlock, stream
+from longlive_rag.generation.sampling import Sampling
 
 Tick = Callable[[int], object]
 MOST_WORKERS = 4  # of about 0.5 GB each
@@ -111,9 +112,7 @@ def generate(
         prompt_schedule(model, walk),
         policy.config,
         embedding=embedding or load_encoder(),
-        denoising_steps=DENOISING_STEPS,
-        timestep_shift=TIMESTEP_SHIFT,
-        seed=seed,
+        sampling=Sampling(DENOISING_STEPS, TIMESTEP_SHIFT, seed=seed),
         selection=policy.selection(walk, seed) if policy.selection else None,
         given=given,
         capacity=len(walk.views),
