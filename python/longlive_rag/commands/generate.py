@@ -21,6 +21,7 @@ from longlive_rag.config import RetrievalConfig
 from longlive_rag.embedding import AveragePool, Embedding, LatentAutoencoder
 from longlive_rag.files import output_folder
 from longlive_rag.generation.pipeline import Pipeline, VideoSettings
+from longlive_rag.generation.prompts import read_prompts
 from longlive_rag.generation.sampling import PAPER_STEPS, Sampling
 from longlive_rag.generation.wan_files import BACKBONES, WanFiles, find_checkpoint, find_wan_files, from_where
 from longlive_rag.ranks import Ranks
@@ -160,17 +161,12 @@ class Generate:
     def _prompts(self) -> list[str]:
         if (self.prompt is None) == (self.prompts is None):
             raise ValueError(f"give either prompt or prompts, got {'neither' if self.prompt is None else 'both'}")
-        if self.prompts is None:
-            lines = [self.prompt or ""]
-        else:
-            try:
-                lines = self.prompts.read_text(encoding="utf-8").splitlines()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"prompts must be a UTF-8 text file, got {self.prompts}: {error}") from error
-        prompts = [line.strip() for line in lines if line.strip()]
-        if not prompts:
-            raise ValueError(f"{'prompt' if self.prompts is None else self.prompts} must hold a prompt, got none")
-        return prompts
+        if self.prompts is not None:
+            return read_prompts(self.prompts)
+        prompt = (self.prompt or "").strip()
+        if not prompt:
+            raise ValueError("prompt must hold a prompt, got none")
+        return [prompt]
 
     def _device(self, ranks: Ranks) -> torch.device:
         try:

@@ -25,7 +25,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Backbone:
+class PublishedFamily:
     """A family of published checkpoints that `CausalWanModel` runs.
 
     Attributes:
@@ -40,20 +40,20 @@ class Backbone:
 
 
 BACKBONES = {
-    "self-forcing": Backbone(
+    "self-forcing": PublishedFamily(
         Source("gdhe17/Self-Forcing", "checkpoints/self_forcing_dmd.pt", "about 5.7 GB"),
         ("generator_ema", "generator", "model"),
     ),
-    "causal-forcing": Backbone(
+    "causal-forcing": PublishedFamily(
         Source("zhuhz22/Causal-Forcing", "chunkwise/causal_forcing.pt", "about 5.7 GB"),
         ("generator", "generator_ema", "model"),
     ),
-    "longlive": Backbone(
+    "longlive": PublishedFamily(
         Source("Efficient-Large-Model/LongLive-1.3B", "models/longlive_base.pt", "about 5.7 GB"),
         ("generator", "generator_ema", "model"),
         Source("Efficient-Large-Model/LongLive-1.3B", "models/lora.pt", "about 1.4 GB"),
     ),
-    "wan": Backbone(None, ("generator_ema", "generator", "model", "state_dict")),
+    "wan": PublishedFamily(None, ("generator_ema", "generator", "model", "state_dict")),
 }
 
 _REPOSITORY = "Wan-AI/Wan2.1-T2V-1.3B"

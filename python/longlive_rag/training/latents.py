@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from longlive_rag.files import atomic_path
+from longlive_rag.files import atomic_path, load_checkpoint
 
 SUFFIXES = (".safetensors", ".pt")
 KEY = "latents"
@@ -94,7 +93,7 @@ class LatentVideo:
 
 
 @dataclass(frozen=True)
-class Corpus:
+class LatentCorpus:
     """Latents of one size that can all be trained on.
 
     skipped: what was left out, one sentence each.
@@ -115,7 +114,7 @@ def write_latents(path: Path, latents: Tensor, metadata: dict[str, str]) -> None
         partial.write_bytes(save({KEY: latents.detach().cpu().contiguous()}, metadata))
 
 
-def open_corpus(folder: str | Path, shortest: int, bad_data: BadData = "refuse") -> Corpus:
+def open_corpus(folder: str | Path, shortest: int, bad_data: BadData = "refuse") -> LatentCorpus:
     """Find and check all latents of a folder. Each file is read through once: what is accepted here can be trained on.
 
     Args:
@@ -152,7 +151,7 @@ def open_corpus(folder: str | Path, shortest: int, bad_data: BadData = "refuse")
         raise ValueError(f"{faults[0]}{others}; leave out what is bad with --bad-data skip")
     if not good:
         raise ValueError(f"{folder} holds no usable latents: all {len(faults)} files are bad; the first: {faults[0]}")
-    return Corpus(good, faults)
+    return LatentCorpus(good, faults)
 
 
 def _usual_size(videos: Sequence[LatentVideo]) -> tuple[int, ...]:
@@ -170,11 +169,7 @@ def _check(video: LatentVideo, size: tuple[int, ...], shortest: int) -> None:
 
 
 def _map_pt(path: Path) -> Tensor:
-    try:
-        latents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        # A file cut short can be an OSError, too.
-        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    latents = load_checkpoint(path, mmap=True)
     if not isinstance(latents, Tensor):
         raise ValueError(f"{path} must hold a tensor of latents [T, C, H, W], got a {type(latents).__name__}")
     return latents

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from longlive_rag import figures
 from longlive_rag.embedding import Embedding
-from longlive_rag.files import atomic_path
 from longlive_rag.training.latents import LatentVideo
 
 _NAMES = {"reconstruction": "reconstruction", "delta": "temporal delta", "smooth": "smoothing", "total": "total"}
@@ -27,13 +27,9 @@ def similarity_matrix(embedding: Embedding, video: LatentVideo) -> np.ndarray:
 
 def draw_training(path: Path, metrics: Path, before: np.ndarray, after: np.ndarray, video_name: str) -> None:
     """Loss curves from the metrics file, and the similarity matrix of one held-out video before and after."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     epochs = [line["epoch"] + 1 for line in lines]
-    figure = Figure(figsize=(13, 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figures.figure(13, 5.6)
     grid = figure.add_gridspec(1, 2, width_ratios=(1, 1))
     left = grid[0, 0].subgridspec(2, 2)
     for place, (term, name) in zip((left[0, 0], left[0, 1], left[1, 0], left[1, 1]), _NAMES.items(), strict=True):
@@ -57,5 +53,4 @@ def draw_training(path: Path, metrics: Path, before: np.ndarray, after: np.ndarr
         if column == 0:
             axes.set_ylabel(f"latent frame of {video_name} (held out)")
     figure.colorbar(image, ax=figure.axes[-2:], shrink=0.6, label="cosine")
-    with atomic_path(path) as partial:
-        figure.savefig(partial, dpi=110)
+    figures.save(figure, path, dpi=110)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -18,11 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from longlive_rag.files import atomic_path
+from longlive_rag.files import atomic_path, load_checkpoint
+from longlive_rag.ranks import Ranks
 from longlive_rag.training.chunks import Chunk, ChunkDataset, draw_chunks, fixed_chunks, split_videos
 from longlive_rag.training.config import TrainingConfig
-from longlive_rag.ranks import Ranks
-from longlive_rag.training.latents import Corpus
+from longlive_rag.training.latents import LatentCorpus
 from longlive_rag.training.losses import Losses, autoencoder_losses
 
 LAST, BEST, METRICS = "last.pt", "best.pt", "metrics.jsonl"
@@ -30,7 +29,7 @@ TERMS = ("total", *Losses._fields)
 SECONDS_BETWEEN_SAVES = 300.0
 
 
-class Trainer:
+class AutoencoderTrainer:
     """One training in one folder.
 
     Leaves ``best.pt`` (lowest validation loss) and ``epoch_NNNN.pt`` in the released checkpoint's format, ``last.pt``,
@@ -55,7 +54,7 @@ class Trainer:
     def __init__(
         self,
         config: TrainingConfig,
-        corpus: Corpus,
+        corpus: LatentCorpus,
         output: Path,
         *,
         ranks: Ranks,
@@ -182,10 +181,10 @@ class Trainer:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist: there is nothing to resume")
         try:
-            content = torch.load(path, map_location=self.device, weights_only=True)
+            content = load_checkpoint(path, device=self.device)
             weights, state = content["model"], content["training"]
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} cannot be resumed, it is damaged or no training's state: {error}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} cannot be resumed: it is damaged, or not the state of a training") from error
         settings = {**asdict(self.config), "ranks": self.ranks.world}
         found = {**state["settings"], "ranks": state["ranks"]}
         names = [name for name in settings if found.get(name) != settings[name]]

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longlive_rag.config import RetrievalConfig
+from longlive_rag.generation.prompts import read_prompts
 from longlive_rag.generation.rollout import Prompts
 from longlive_rag.generation.sampling import PAPER_STEPS
 from longlive_rag.generation.text_encoder import PromptEncoder
@@ -22,23 +23,6 @@ NATIVE = RetrievalConfig(sink_frames=3, memory_frames=0, recency_guard=0, positi
 """Sink and sliding window of the published corpus (LongLive-RAG, configs/generate_latent.yaml)."""
 TIMESTEP_SHIFT = 5.0
 VAE_FACTOR = 8
-
-
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line; empty lines are passed over.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not UTF-8, or holds no prompt.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompts must be a UTF-8 text file, got {path}: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"prompts must hold at least one prompt, got none in {path}")
-    return prompts
 
 
 def wan_source(
