@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes the name `path` when the block ends without an exception.
+    """Yield a temporary path in the same folder, which is renamed to `path` when the block ends without an exception.
 
-    The temporary name keeps the suffix, since some writers choose a format by it. After an exception the temporary file
-    is removed and an earlier file at `path` stays as it was.
+    The temporary name keeps the suffix, since some writers choose the format by it. After an exception the temporary
+    file is removed and an earlier file at `path` is left alone.
 
     Raises:
         OSError: `path` is a folder, or its folder is missing or cannot be written to; raised before the block runs.

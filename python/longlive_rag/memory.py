@@ -21,7 +21,7 @@ from longlive_rag.selection import Request, Selection, SimilaritySelection
 
 @dataclass(frozen=True)
 class Retrieval:
-    """What one block got from memory."""
+    """What one block retrieved."""
 
     block_start: int
     frame_table: Tensor
@@ -135,7 +135,7 @@ class RetrievalMemory:
             device_frames=device_frames if config.memory_frames else None,
         )
         self.retrieved: list[Retrieval] = []
-        """One entry for each block that had memory."""
+        """One entry for each block that retrieved something."""
         self._rotation = rotary.spatial_rotation(rows, columns, head_dim, device)
         self._wan_frequencies = rotary.temporal_frequencies(head_dim, device)
         self._frequencies = self._wan_frequencies.clone()
@@ -158,7 +158,7 @@ class RetrievalMemory:
         selection: Selection | None = None,
         device_frames: int | None = None,
     ) -> RetrievalMemory:
-        """A memory of the model's sizes, device and dtype for latents of `shape` [B, F, C, H, W]; F and C are free."""
+        """A memory of the model's sizes, device and dtype for latents of `shape` [B, F, C, H, W], any F and C."""
         batch, _, _, height, width = shape
         weight = next(model.parameters())
         return cls(
@@ -275,7 +275,7 @@ class RetrievalMemory:
         """Replace keys, already normalised, and values [B, F, T, H, D] of earlier frames; dropped frames are skipped.
 
         Raises:
-            ValueError: `device_frames` does not leave room for these frames beside the block's context.
+            ValueError: `device_frames` leaves no room for these frames in addition to the block's context.
         """
         wanted = tuple(frames)
         if self._rewritten is None or self._rewritten[0] != wanted:  # once per pass: every layer rewrites the same ones

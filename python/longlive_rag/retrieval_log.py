@@ -12,7 +12,7 @@ from longlive_rag.memory import Retrieval
 
 
 def retrieval_entries(retrieved: Sequence[Retrieval], video: int = 0) -> list[dict[str, Any]]:
-    """One entry per block that had memory: its first latent frame, the frames it got, and their similarity."""
+    """One entry per block that retrieved something: its first latent frame, the frames, and their similarity."""
     return [
         {"start": block.block_start, "frames": block.frames[video], "similarity": block.similarity[video]}
         for block in retrieved

@@ -27,7 +27,7 @@ from longlive_rag.retrieval_log import draw_retrieval, retrieval_entries
 
 # Rows and columns of pixels per token, at least: the VAE's 8 times the patch of 2.
 _PIXELS_PER_TOKEN = 16
-# Of the GPU memory that is free beside the weights; the rest is for activations, the VAE's above all. Not measured yet.
+# Of the GPU memory that is free once the weights are loaded; the rest is for activations, mostly the VAE's. Unmeasured.
 _SHARE_FOR_MEMORY = 0.7
 
 
@@ -141,7 +141,7 @@ class Pipeline:
         )
 
     def generate(self, prompt_embeds: Tensor, path: Path, facts: dict[str, Any]) -> None:
-        """Make one video, and beside it `<stem>.json`, what was retrieved, and `<stem>.png`, the same as a picture.
+        """Make one video and, next to it, `<stem>.json` with what was retrieved and `<stem>.png`, a picture of that.
 
         The video gets its final name last, so if it is there, all three are complete. An interrupted one stays as
         `<stem>.partial.mp4`.

@@ -22,7 +22,7 @@ Prompts = Tensor | Sequence[tuple[int, Tensor]]
 
 @dataclass(frozen=True)
 class FinishedBlock:
-    """A block of latent frames that will not change any more."""
+    """A block of latent frames in its final state."""
 
     start: int
     latents: Tensor
@@ -30,7 +30,7 @@ class FinishedBlock:
     embeddings: Tensor
     """[B, F, D]."""
     retrieval: Retrieval | None
-    """What the block got from memory, if anything."""
+    """What the block retrieved, if anything."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class RolloutResult:
     embeddings: Tensor
     """[B, frames, D], one per latent frame."""
     retrieved: list[Retrieval] = field(default_factory=list)
-    """One entry per block with memory: `.block_start`, `.frames` [B][k], `.similarity` [B][k]."""
+    """One entry per block that retrieved: `.block_start`, `.frames` [B][k], `.similarity` [B][k]."""
     interrupted: bool = False
     """True if KeyboardInterrupt ended it early."""
 

@@ -1,4 +1,4 @@
-"""Pictures of a training."""
+"""The picture of a training."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from longlive_rag.embedding import Embedding
 from longlive_rag.training.latents import LatentVideo
 
 _NAMES = {"reconstruction": "reconstruction", "delta": "temporal delta", "smooth": "smoothing", "total": "total"}
-_MOST_FRAMES = 160  # of a similarity matrix: more cannot be told apart
+_MOST_FRAMES = 160  # of a similarity matrix: more would be too small to see
 
 
 def similarity_matrix(embedding: Embedding, video: LatentVideo) -> np.ndarray:
-    """Cosine similarity of a video's latent frames with each other, at most its first 160: [T, T]."""
+    """Cosine similarity between the latent frames of a video, at most the first 160: [T, T]."""
     latents = video.read(0, min(video.frames, _MOST_FRAMES))
     with torch.no_grad():
         unit = F.normalize(embedding.embed(latents).float(), dim=-1)
@@ -26,7 +26,7 @@ def similarity_matrix(embedding: Embedding, video: LatentVideo) -> np.ndarray:
 
 
 def draw_training(path: Path, metrics: Path, before: np.ndarray, after: np.ndarray, video_name: str) -> None:
-    """Loss curves from the metrics file, and the similarity matrix of one held-out video before and after."""
+    """Draw the loss curves of the metrics file, and the similarity matrix of a held-out video before and after."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     epochs = [line["epoch"] + 1 for line in lines]
     figure = figures.figure(13, 5.6)

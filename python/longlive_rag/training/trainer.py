@@ -1,4 +1,4 @@
-"""Trains the retrieval autoencoder: deterministic by seed, and an interruption at any step leaves no trace."""
+"""Trains the retrieval autoencoder: reproducible by seed, and resumable at any step with the same result."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ SECONDS_BETWEEN_SAVES = 300.0
 class AutoencoderTrainer:
     """One training in one folder.
 
-    Leaves ``best.pt`` (lowest validation loss) and ``epoch_NNNN.pt`` in the released checkpoint's format, ``last.pt``,
-    which holds the state of the training besides, and ``metrics.jsonl``, a line an epoch.
+    Writes ``best.pt`` (lowest validation loss) and ``epoch_NNNN.pt`` in the released checkpoint's format, ``last.pt``,
+    which also holds the state of the training, and ``metrics.jsonl``, one line per epoch.
 
     Args:
         config: see `TrainingConfig`.
         corpus: checked latents.
         output: folder, which exists.
-        resume: go on from the folder's ``last.pt``.
+        resume: continue from the folder's ``last.pt``.
         save_every: epochs from one ``epoch_NNNN.pt`` to the next.
-        workers: processes that read latents for each rank.
-        tensorboard: write TensorBoard events to the folder, too.
+        workers: processes per rank that read latents.
+        tensorboard: also write TensorBoard events to the folder.
         label: shown with the progress.
 
     Raises:
         FileExistsError: the folder holds a training and `resume` is not set.
-        FileNotFoundError: `resume` without anything to resume.
-        ValueError: too few videos; or the training to be resumed had other settings or data.
+        FileNotFoundError: `resume` is set, but there is nothing to resume.
+        ValueError: there are too few videos, or the training to resume had other settings or data.
     """
 
     def __init__(
@@ -91,7 +91,9 @@ class AutoencoderTrainer:
         if resume:
             self._load(last)
         elif last.exists():
-            raise FileExistsError(f"{output} holds a training already; go on with --resume, or choose another folder")
+            raise FileExistsError(
+                f"{output} already holds a training; continue it with --resume, or choose another folder"
+            )
         self.tensorboard = None
         if tensorboard and ranks.first:
             from torch.utils.tensorboard import SummaryWriter
@@ -139,7 +141,7 @@ class AutoencoderTrainer:
         return True
 
     def _train_epoch(self, model: nn.Module, progress: tqdm, stop: Callable[[], bool]) -> bool:
-        """The rest of the current epoch; False if it was stopped before the training's last step."""
+        """Do the rest of the current epoch; returns False if stopped before the last step of the training."""
         per_video, last_epoch = self.config.chunks_per_video, self.epoch + 1 == self.config.epochs
         self.random_state = self.generator.get_state()
         chunks = draw_chunks(
@@ -155,7 +157,7 @@ class AutoencoderTrainer:
         return True
 
     def save(self) -> None:
-        """Write the state, exact to the step, to ``last.pt``. All ranks call it together."""
+        """Write the state after the current step to ``last.pt``. All ranks must call this together."""
         sums = self.ranks.mean(self.sums.tolist(), self.device)
         if self.ranks.first:
             self._write_state(sums)
@@ -290,7 +292,7 @@ class AutoencoderTrainer:
         return [(video.path.name, list(video.shape)) for video in self.corpus.videos]
 
     def _trim_metrics(self) -> None:
-        """Drop the epochs that are about to be done again, since the state was saved before them."""
+        """Drop epochs that will be repeated, because the state was saved before they ended."""
         path = self.output / METRICS
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -301,7 +303,7 @@ class AutoencoderTrainer:
 
 @contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
-    """Deterministic kernels where there are any; the process's settings are given back afterwards."""
+    """Use deterministic kernels where they exist, and restore the process's settings afterwards."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False

@@ -38,14 +38,15 @@ def wan_source(
     seed: int,
     device: torch.device,
 ) -> GeneratorSource:
-    """Load a generator and encode its prompts; video i has prompt i, over and over.
+    """Load a generator and encode its prompts; videos go through the prompts in turn.
 
     Args:
         backbone: a name of `wan_files.BACKBONES`.
         height, width: of the video in pixels, multiples of 16.
 
     Raises:
-        ValueError, OSError: something is missing, damaged or does not fit; before anything large is loaded if possible.
+        ValueError, OSError: something is missing, damaged or does not fit; raised before anything large is loaded if
+            possible.
     """
     if wan_dir is None or prompts is None:
         name = "wan_dir, the folder of Wan's text encoder," if wan_dir is None else "prompts, a text file,"
