@@ -18,20 +18,21 @@ import torch
 from tqdm import tqdm
 
 import longlive_rag
+from longlive_rag import figures
+from longlive_rag.files import write_json
+from longlive_rag.intervals import bootstrap_interval
 from longlive_rag.small_world import report, world
 from longlive_rag.small_world.measure import Job, Score, measure_all
 from longlive_rag.small_world.policies import POLICIES
-from longlive_rag.files import atomic_path, write_json
 
 SEED = 20_000  # tuning used 5000
 LAPS = {"cuts": 4, "pans": 4}
 
 
-def advantage(ours: Score, theirs: Score, draws: int = 2000) -> dict[str, float]:
+def advantage(ours: Score, theirs: Score) -> dict[str, float]:
     """How much more of the inhabitants one policy keeps than another on the same videos, with its interval."""
     each = ours.correct.mean(axis=1) - theirs.correct.mean(axis=1)
-    means = np.random.default_rng(0).choice(each, (draws, len(each))).mean(axis=1)
-    low, high = np.quantile(means, (0.025, 0.975))
+    low, high = bootstrap_interval(each)
     return {"mean": round(float(each.mean()), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
 
 
@@ -56,11 +57,7 @@ def measure_track(track: str, videos: int, workers: int | None) -> dict[str, Any
 
 def draw(path: Path, tracks: dict[str, Any]) -> None:
     """Bars with intervals: every policy, both tracks, first lap given and generated."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figures.figure(11, 4.6)
     for axis, (track, facts) in zip(figure.subplots(1, len(tracks), sharey=True), tracks.items(), strict=True):
         rows = np.arange(len(facts["policies"]))[::-1]
         for offset, key, colour, label in (
@@ -79,8 +76,7 @@ def draw(path: Path, tracks: dict[str, Any]) -> None:
         "share of inhabitants that are still themselves when they come back (black bar: chance)", fontsize=10
     )
     figure.axes[0].legend(loc="upper right", fontsize=9)
-    with atomic_path(path) as partial:
-        figure.savefig(partial, dpi=120)
+    figures.save(figure, path, dpi=120)
 
 
 def main() -> None:

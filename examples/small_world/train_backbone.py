@@ -22,7 +22,7 @@ from longlive_rag.small_world import training_data
 from longlive_rag.small_world.backbone import ASSETS, Backbone, load_codec
 from longlive_rag.small_world.joint_attention import JointAttention
 from longlive_rag.small_world.training_data import Batch, LatentWorld
-from longlive_rag.files import atomic_path
+from longlive_rag.files import atomic_path, load_checkpoint
 
 WARM_UP = 100  # steps
 SAVE_EVERY = 120  # seconds
@@ -101,7 +101,7 @@ class Trainer:
             torch.save(state, partial)
 
     def resume(self, path: Path) -> None:
-        state = torch.load(path.with_suffix(".state"), weights_only=True)
+        state = load_checkpoint(path.with_suffix(".state"))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average, self.step, self.elapsed = state["average"], state["step"], state["elapsed"]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import longlive_rag
+from longlive_rag import figures
 from longlive_rag.native import cuda_status
 
 Call = Callable[[int], object]
@@ -177,11 +178,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Bars of our time, the limit and the peers, each relative to ours."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 1 + 0.7 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figures.figure(10, 1 + 0.7 * len(rows))
     axes = figure.add_subplot()
     for place, row in enumerate(rows):
         times = {"ours": row.ours, **{name: peer for name, peer in row.peers.items() if peer is not None}}
@@ -197,7 +194,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("time relative to ours; red: the machine's limit")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    figures.save(figure, path, dpi=150)
 
 
 def _clocks() -> str:

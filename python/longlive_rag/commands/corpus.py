@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from longlive_rag.training.corpus import LatentSource, write_corpus
 from longlive_rag.ranks import Ranks
+from longlive_rag.training.corpus import LatentSource, write_corpus
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ import torch
 
 from longlive_rag.embedding import LatentAutoencoder
 from longlive_rag.files import output_folder, write_json
-from longlive_rag.training.config import PAPER, TrainingConfig, TrainingOptions
 from longlive_rag.ranks import Ranks
+from longlive_rag.training.config import PAPER, TrainingConfig, TrainingOptions
 from longlive_rag.training.interruption import StopSignal
-from longlive_rag.training.latents import BadData, Corpus, open_corpus
+from longlive_rag.training.latents import BadData, LatentCorpus, open_corpus
 from longlive_rag.training.plots import draw_training, similarity_matrix
-from longlive_rag.training.trainer import BEST, LAST, METRICS, Trainer
+from longlive_rag.training.trainer import BEST, LAST, METRICS, AutoencoderTrainer
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,10 @@ class Train:
         return 0
 
     def _trainer(
-        self, name: str, config: TrainingConfig, corpus: Corpus, ranks: Ranks, device: torch.device
-    ) -> Trainer:
+        self, name: str, config: TrainingConfig, corpus: LatentCorpus, ranks: Ranks, device: torch.device
+    ) -> AutoencoderTrainer:
         output = output_folder(self.output / name)
-        return Trainer(
+        return AutoencoderTrainer(
             config,
             corpus,
             output,
@@ -134,7 +134,7 @@ class Train:
             label=name or "training",
         )
 
-    def _say_how_to_go_on(self, trainer: Trainer) -> None:
+    def _say_how_to_go_on(self, trainer: AutoencoderTrainer) -> None:
         arguments = sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"]
         print(
             f"interrupted in epoch {trainer.epoch + 1} of {trainer.config.epochs}; saved in {trainer.output / LAST}. "
@@ -142,7 +142,7 @@ class Train:
             file=sys.stderr,
         )
 
-    def _finish(self, trainer: Trainer) -> None:
+    def _finish(self, trainer: AutoencoderTrainer) -> None:
         output = trainer.output
         best = LatentAutoencoder.from_checkpoint(output / BEST)
         held_out = trainer.corpus.videos[trainer.validation_videos[0]]
@@ -153,10 +153,10 @@ class Train:
         print(f"lowest validation loss {trainer.best:.5f}: {output / BEST}, curves in {output / 'training.png'}")
 
     def _compare(self, encoders: dict[str, LatentAutoencoder]) -> None:
-        from longlive_rag.small_world.backbone import load_codec
-        from longlive_rag.small_world.policies import POLICIES
         from longlive_rag.embedding import AveragePool, Embedding
         from longlive_rag.evaluation import embeddings
+        from longlive_rag.small_world.backbone import load_codec
+        from longlive_rag.small_world.policies import POLICIES
 
         everything: dict[str, Embedding] = {
             "average pool": AveragePool(),

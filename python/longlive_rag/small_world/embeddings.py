@@ -12,13 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longlive_rag import figures
 from longlive_rag.config import RetrievalConfig
+from longlive_rag.embedding import Embedding
+from longlive_rag.generation.video import VideoReader
+from longlive_rag.intervals import bootstrap_interval
 from longlive_rag.small_world import world
 from longlive_rag.small_world.codec import Codec
-from longlive_rag.embedding import Embedding
-from longlive_rag.small_world.retrieval_quality import RetrievalQuality, effective_rank, retrieval_quality, similarity_by_lag
-from longlive_rag.files import atomic_path
-from longlive_rag.generation.video import VideoReader
+from longlive_rag.small_world.retrieval_quality import (
+    RetrievalQuality,
+    effective_rank,
+    retrieval_quality,
+    similarity_by_lag,
+)
 from longlive_rag.training.latents import SUFFIXES, LatentVideo
 from longlive_rag.training.sources import SMALL_WORLD_SHAPE, encode_frames
 
@@ -153,14 +159,10 @@ def comparison_table(report: Mapping[str, Any]) -> str:
 
 def draw_comparison(report: Mapping[str, Any], path: Path) -> None:
     """What each embedding finds, and its similarity against time lag, on the small world and in each file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     measured = report["small_world"]
     files = {name: {k: v for k, v in results.items() if v} for name, results in report["files"].items()}
     colours = {name: f"C{index % 10}" for index, name in enumerate(measured)}
-    figure = Figure(figsize=(14, 11 if files else 7.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figures.figure(14, 11 if files else 7.5)
     rows = figure.add_gridspec(3 if files else 2, 1)
     top, middle = rows[0].subgridspec(1, len(world.TRACKS)), rows[1].subgridspec(1, len(world.TRACKS))
     for column, track in enumerate(world.TRACKS):
@@ -184,8 +186,7 @@ def draw_comparison(report: Mapping[str, Any], path: Path) -> None:
         for name, result in results.items():
             _draw_lags(axes, name, result["similarity_by_lag"], colours[name])
         axes.set_title(f"{Path(file).name}: similarity against time lag", fontsize=10)
-    with atomic_path(path) as partial:
-        figure.savefig(partial, dpi=100)
+    figures.save(figure, path)
 
 
 def _draw_lags(axes: Any, name: str, curve: Sequence[float], colour: str) -> None:
@@ -198,8 +199,7 @@ def _draw_lags(axes: Any, name: str, curve: Sequence[float], colour: str) -> Non
 def _summary(qualities: list[RetrievalQuality]) -> dict[str, dict[str, float]]:
     """Mean and 95% bootstrap interval over videos of every measure."""
     values = np.array([list(asdict(quality).values()) for quality in qualities])
-    drawn = np.random.default_rng(0).integers(0, len(values), (1000, len(values)))
-    low, high = np.quantile(values[drawn].mean(axis=1), (0.025, 0.975), axis=0)
+    low, high = bootstrap_interval(values, draws=1000)
     names = asdict(qualities[0])
     return {
         name: {"mean": float(mean), "low": float(below), "high": float(above)}

@@ -14,6 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longlive_rag.embedding import Embedding
+from longlive_rag.generation.rollout import FinishedBlock, stream
+from longlive_rag.generation.sampling import Sampling
+from longlive_rag.intervals import bootstrap_interval
 from longlive_rag.small_world import world
 from longlive_rag.small_world.backbone import (
     DENOISING_STEPS,
@@ -25,8 +29,6 @@ from longlive_rag.small_world.backbone import (
 )
 from longlive_rag.small_world.codec import LATENT_CHANNELS, LATENT_SIZE, Codec
 from longlive_rag.small_world.policies import POLICIES, Policy
-from longlive_rag.embedding import Embedding
-from longlive_rag.generation.rollout import FinishedBlock, stream
 
 Tick = Callable[[int], object]
 MOST_WORKERS = 4  # of about 0.5 GB each
@@ -111,9 +113,7 @@ def generate(
         prompt_schedule(model, walk),
         policy.config,
         embedding=embedding or load_encoder(),
-        denoising_steps=DENOISING_STEPS,
-        timestep_shift=TIMESTEP_SHIFT,
-        seed=seed,
+        sampling=Sampling(DENOISING_STEPS, TIMESTEP_SHIFT, seed=seed),
         selection=policy.selection(walk, seed) if policy.selection else None,
         given=given,
         capacity=len(walk.views),
@@ -157,12 +157,11 @@ class Score:
     chance: float
     error: float
 
-    def interval(self, chosen: np.ndarray | None = None, draws: int = 2000) -> dict[str, float | int]:
+    def interval(self, chosen: np.ndarray | None = None) -> dict[str, float | int]:
         """Mean over videos with its 95% bootstrap interval over videos, as the report holds it."""
         correct = self.correct if chosen is None else self.correct[:, chosen]
         each = correct.mean(axis=1)
-        means = np.random.default_rng(0).choice(each, (draws, len(each))).mean(axis=1)
-        low, high = np.quantile(means, (0.025, 0.975))
+        low, high = bootstrap_interval(each)
         numbers = {"mean": each.mean(), "low": low, "high": high}
         return {**{name: round(float(value), 4) for name, value in numbers.items()}, "videos": len(each)}
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from longlive_rag import figures
+from longlive_rag.generation.video import VideoWriter
 from longlive_rag.small_world import world
 from longlive_rag.small_world.measure import Score, Videos, revisits
 from longlive_rag.small_world.policies import POLICIES
-from longlive_rag.files import atomic_path
-from longlive_rag.generation.video import VideoWriter
 
 FPS = 8
 SCALE = 6  # 64 pixels become 384
@@ -117,11 +117,7 @@ def draw_memory(path: Path, walk: world.Walk, videos: Mapping[str, Videos], vide
     Frames that show the same place are shaded; blocks at which an inhabitant comes back are ringed: there only memory
     knows who it was. videos: the policies to show, one panel each.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4 * len(videos), 6.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figures.figure(6.4 * len(videos), 6.8)
     time = np.arange(len(walk.views))
     apart = np.abs(walk.views[:, None] - walk.views[None])
     same_place = apart < world.VIEWS_PER_PLACE // 2
@@ -146,8 +142,7 @@ def draw_memory(path: Path, walk: world.Walk, videos: Mapping[str, Videos], vide
         axis.set_xlabel("frame being made (dashed: the first lap ends; ringed: somebody comes back)")
     axes[0].set_ylabel("frame that memory gave back (grey: it shows the same place)")
     figure.colorbar(points, ax=axes, label="cosine similarity to the query", shrink=0.8)
-    with atomic_path(path) as partial:
-        figure.savefig(partial, dpi=110)
+    figures.save(figure, path, dpi=110)
 
 
 def table(policies: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Everything that a training's result depends on besides its data."""
+"""Everything other than the data that the result of a training depends on."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from longlive_rag.embedding import LatentAutoencoder
 Precision = Literal["auto", "float32", "float16", "bfloat16"]
 
 SMALL_FRAME = 32
-"""Latent frames with a side below this have their own recipe."""
+"""Latent frames with a side shorter than this have their own recipe."""
 
 
 @dataclass(frozen=True)
 class CommonSettings:
-    """What does not depend on the size of the latents; the defaults are the paper's (arXiv 2606.02553)."""
+    """Settings that do not depend on the size of the latents; the defaults are the paper's (arXiv 2606.02553)."""
 
     weight_decay: float = 1e-4
     """Weight decay of AdamW."""
@@ -43,7 +43,7 @@ class CommonSettings:
 
 @dataclass(frozen=True)
 class TrainingConfig(CommonSettings):
-    """A complete recipe, by default the paper's. For the fields without a word see `TrainingOptions`.
+    """A complete recipe, by default the paper's; `TrainingOptions` describes the fields.
 
     Raises:
         ValueError: a value is out of range.
@@ -76,13 +76,13 @@ class TrainingConfig(CommonSettings):
             raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}")
 
     def autoencoder(self, channels: int, height: int, width: int) -> LatentAutoencoder:
-        """A fresh one for latent frames of this size, the same for the same seed."""
+        """An untrained autoencoder for latent frames of this size, reproducible by seed."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             return LatentAutoencoder(channels, height, width, self.embedding_dim, self.hidden_dims)
 
     def autocast_dtype(self, device: torch.device) -> torch.dtype:
-        """float32: no mixed precision."""
+        """Dtype of mixed precision; float32 means none."""
         if self.precision == "auto":
             return torch.float16 if device.type == "cuda" else torch.float32
         dtype: torch.dtype = getattr(torch, self.precision)
@@ -93,14 +93,14 @@ PAPER = TrainingConfig()
 SMALL = TrainingConfig(
     epochs=100, batch=16, learning_rate=1e-3, smooth_weight=0.02, embedding_dim=128, hidden_dims=(32, 64)
 )
-"""Two halvings of the resolution, since three would leave the small world one cell; many small steps, for a CPU; and a
-smoothing weight at which the embeddings do not collapse to a point, as they do there with the paper's 1
+"""Two halvings of the resolution, since three would leave the small world a single cell; many small steps, for a CPU;
+and a smoothing weight at which the embeddings do not collapse to a point, as they do with the paper's 1
 (docs/training.md)."""
 
 
 @dataclass(frozen=True)
 class TrainingOptions(CommonSettings):
-    """A recipe as a user gives it: what is left out is the paper's or, for small latent frames, `SMALL`'s."""
+    """A recipe as a user gives it: what is left out comes from the paper or, for small latent frames, from `SMALL`."""
 
     epochs: int | None = None
     """Passes over the videos. Default: 400 as in the paper, or 100 for small latent frames (a side below 32)."""

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from longlive_rag.config import RetrievalConfig
+from longlive_rag.generation.rollout import Prompts, rollout
+from longlive_rag.models import CausalWanModel
 from longlive_rag.small_world import world
 from longlive_rag.small_world.backbone import Backbone
 from longlive_rag.small_world.codec import LATENT_CHANNELS, LATENT_SIZE, Codec
 from longlive_rag.small_world.measure import prompt_schedule
-from longlive_rag.generation.rollout import Prompts, rollout
-from longlive_rag.models import CausalWanModel
 
 SMALL_WORLD_SHAPE = (LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
 SHORTEST_VISIT, LONGEST_VISIT = 3, 10
