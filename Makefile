@@ -1,6 +1,6 @@
 # make demo    set everything up and generate the demo's videos into demo_output/
 # make test    set everything up and run the tests
-# make lint    formatting, lint and types
+# make lint    formatting, lint, types and spelling
 # make wheel   a wheel in dist/, with the CUDA kernels if nvcc is found (LONGLIVE_RAG_CUDA=ON: or fail)
 #
 # PYTHON: the interpreter to set up with, 3.10 to 3.13.     TORCH: what to install as torch, as for pip.
@@ -29,6 +29,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	$(BIN)/typos
 
 wheel: $(BIN)/python
 	$(PIP) wheel --no-deps --wheel-dir dist .
