@@ -159,10 +159,11 @@ COMMAND_LINES = dict(itertools.chain.from_iterable(command_lines(page) for page 
 
 
 @functools.cache
-def options(command: str) -> frozenset[str]:
+def options(*command: str) -> frozenset[str]:
+    """What the help of a command names; without one, the help of the program."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        cli.main([command, "--help"])
+        cli.main([*command, "--help"])
     return frozenset(re.findall(r"--[a-z][\w-]*", out.getvalue()))
 
 
@@ -185,4 +186,4 @@ def test_an_option_that_is_mentioned_exists(page: Path) -> None:
     spans = re.findall(r"`(--[a-z][^`]*)`", page.read_text(encoding="utf-8"))
     mentioned = {word for span in spans for word in re.findall(r"--[a-z][\w-]*", span)}
     others = {"--nnodes", "--kernel-regex"}  # of torchrun and compute-sanitizer
-    assert mentioned - others <= frozenset().union(*map(options, cli.COMMANDS))
+    assert mentioned - others <= options().union(*map(options, cli.COMMANDS))
