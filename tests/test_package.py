@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         _ = longlive_rag.retrival
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not tell what a process has loaded")
 def test_the_extension_needs_neither_torch_nor_a_driver_to_be_imported() -> None:
     probe = (
         "import json, sys, longlive_rag._C\n"
@@ -172,7 +174,7 @@ def test_json_without_numbers_that_json_lacks(tmp_path: Path) -> None:
 def test_outputs_that_cannot_be_written_are_refused_beforehand(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+    with pytest.raises(IsADirectoryError, match=re.escape(str(tmp_path))):
         check_writable(tmp_path)
     with pytest.raises(FileNotFoundError, match="missing"):
         check_writable(tmp_path / "missing" / "report.json")
@@ -186,7 +188,7 @@ def test_outputs_that_cannot_be_written_are_refused_beforehand(tmp_path: Path) -
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
-    with pytest.raises(PermissionError, match=str(tmp_path)):
+    with pytest.raises(PermissionError, match=re.escape(str(tmp_path))):
         check_writable(tmp_path / "report.json")
-    with pytest.raises(PermissionError, match=str(tmp_path)):
+    with pytest.raises(PermissionError, match=re.escape(str(tmp_path))):
         output_folder(tmp_path)

@@ -60,7 +60,8 @@ def test_memory_comes_back_and_changes_the_video(pipeline: Pipeline) -> None:
         assert all(len(entry.frames[0]) == min(2, entry.block_start - 5) for entry in patched.retrieved)
     with patch(pipeline, RetrievalConfig(context_frames=5, memory_frames=0, block_frames=1)):
         without = generate(pipeline, 12)
-    assert torch.equal(with_memory[:, :2], without[:, :2])
+    # What a young block sees stands in other columns of the table, so float32 sums over it run in another order.
+    torch.testing.assert_close(with_memory[:, :2], without[:, :2], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(with_memory[:, 8:], without[:, 8:])
 
 

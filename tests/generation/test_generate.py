@@ -94,11 +94,17 @@ def test_video_is_that_of_rollout_and_decoding_at_once(generate, parts, monkeypa
     assert np.array_equal(np.concatenate(written), expected.numpy())
 
 
-def test_layouts_and_low_memory_do_not_change_the_video(generate, tmp_path):
-    prompt = ["--prompt", "a cat"]
-    assert generate(*prompt, output="a") == 0
-    assert generate(*prompt, "--low-memory", wan="diffusers", output="b") == 0
-    assert (tmp_path / "a" / "0000-a-cat.mp4").read_bytes() == (tmp_path / "b" / "0000-a-cat.mp4").read_bytes()
+def test_layouts_and_low_memory_do_not_change_the_video(generate, monkeypatch):
+    written = []
+    monkeypatch.setattr(VideoWriter, "write", lambda self, frames: written[-1].append(frames.astype(int)))
+    for arguments in ({"wan": "original"}, {"wan": "diffusers"}):
+        written.append([])
+        low_memory = ["--low-memory"] if arguments["wan"] == "diffusers" else []
+        assert generate("--prompt", "a cat", *low_memory, **arguments) == 0
+    one, other = (np.concatenate(frames) for frames in written)
+    # Weights are mapped from the files, at other addresses in each layout, for which the CPU's library may add up in
+    # another order: one step of 8 bits, for rounding.
+    assert np.abs(one - other).max() <= 1
 
 
 def test_a_device_budget_does_not_change_the_video(generate, tmp_path, capsys):

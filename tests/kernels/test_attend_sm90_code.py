@@ -39,8 +39,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
         source = folder / f"{variant.replace(', ', '_')}.cu"
         target = source.with_suffix(".o")
         source.write_text(SOURCE.format(variant))
-        flags = f"-std=c++20 -O3 -I{CSRC} -gencode=arch=compute_90a,code=sm_90a -Xptxas -v -c"
-        result = subprocess.run([nvcc, *flags.split(), source, "-o", target], capture_output=True, text=True)
+        flags = ["-std=c++20", "-O3", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-c"]
+        command = [nvcc, *flags, f"-I{CSRC}", source, "-o", target]
+        result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         return result.stdout + result.stderr, target
 

@@ -52,11 +52,13 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         pytest.skip("no C++ compiler to compile csrc/core/schedule.h with")
     folder = tmp_path_factory.mktemp("schedule")
     (folder / "driver.cpp").write_text(DRIVER)
-    flags = f"-std=c++20 -O1 -Wall -Wextra -Werror -fsanitize=undefined -fno-sanitize-recover -fPIC -shared -I{CSRC}"
-    command = [*shlex.split(compiler), *flags.split(), f"{folder}/driver.cpp", "-o", f"{folder}/driver.so"]
+    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", f"-I{CSRC}"]
+    sanitizer = ["-fsanitize=undefined", "-fno-sanitize-recover"]
+    files = [f"{folder}/driver.cpp", "-o", f"{folder}/driver.so"]
+    command = [*shlex.split(compiler), *flags, *sanitizer, *files]
     result = subprocess.run(command, capture_output=True, text=True)
     if "libubsan" in result.stderr:
-        command = [flag for flag in command if "sanitize" not in flag]
+        command = [*shlex.split(compiler), *flags, *files]
         result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     library = ctypes.CDLL(f"{folder}/driver.so")

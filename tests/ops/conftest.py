@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -26,3 +26,21 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         monkeypatch.setenv("SIMT_ORDER", request.param.partition("-")[2])
         with emulated.backend(emulated.build()):
             yield torch.device("cpu")
+
+
+@pytest.fixture
+def assert_same(request: pytest.FixtureRequest, device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """For one sample's result from tensors of two shapes: in another batch, or with other unused table entries.
+
+    Our kernels add up in an order that depends on neither, so the bits are the same. PyTorch chooses its kernels by
+    shape, CPU and number of threads: the reference may differ by the order of a float32 sum, and then by one rounding
+    to the result's dtype.
+    """
+    is_reference = request.node.callspec.params["device"] == "reference"
+
+    def compare(got: torch.Tensor, expected: torch.Tensor) -> None:
+        # Sums of at most 256 terms of order 1: eps * sqrt(256).
+        rtol, atol = (torch.finfo(got.dtype).eps, 16 * torch.finfo(torch.float32).eps) if is_reference else (0, 0)
+        torch.testing.assert_close(got, expected, rtol=rtol, atol=atol, equal_nan=True)
+
+    return compare

@@ -5,6 +5,7 @@ import json
 import av
 import numpy as np
 import pytest
+import torch
 
 from longlive_rag import cli
 from longlive_rag.small_world import measure, report, world
@@ -60,9 +61,14 @@ def test_workers_give_what_this_process_gives():
     assert set(results) == {Job("oracle", True), Job("oracle", False)}
     assert sum(heard) == 2 * 26
     walk = world.walk("cuts", 26)
-    score, videos = measure.measure(
-        load_backbone(), load_codec(), POLICIES["oracle"], walk, seed=1, videos=2, given=True
-    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker: other numbers of threads add up in other orders
+    try:
+        score, videos = measure.measure(
+            load_backbone(), load_codec(), POLICIES["oracle"], walk, seed=1, videos=2, given=True
+        )
+    finally:
+        torch.set_num_threads(threads)
     assert np.array_equal(results[Job("oracle", True)][0].correct, score.correct)
     assert results[Job("oracle", True)][1].frames.shape == videos.frames.shape
 

@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -121,7 +122,9 @@ def _edited(edits: tuple[Edit, ...]) -> Path:
 def _compile(command: list[str], file: Path, includes: list[str]) -> Path:
     command = [*command, *includes, "-x", "c++"]
     listing = subprocess.run([*command, "-MM", str(file)], capture_output=True, text=True, check=True).stdout
-    dependencies = [Path(name) for name in listing.replace("\\\n", " ").split()[1:]]
+    # A backslash stands before a space within a name.
+    names = re.split(r"(?<!\\)\s+", listing.replace("\\\n", " ").strip())[1:]
+    dependencies = [Path(name.replace("\\ ", " ")) for name in names]
     target = CACHE / f"{file.stem}_{digest(*dependencies)}.o"
     if not target.exists():
         _run([*command, "-c", str(file), "-o"], target)

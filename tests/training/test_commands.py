@@ -78,11 +78,11 @@ def test_a_signal_saves_and_says_how_to_go_on(latents_folder: Path, tmp_path: Pa
     arguments = ["train", "--data", str(latents_folder), "--output", str(output), *TINY, "--epochs", "100000"]
     process = subprocess.Popen([*COMMAND, *arguments], stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 120
-        while epochs_done(output) < 2 and time.monotonic() < deadline:
+        deadline = time.monotonic() + 600
+        while epochs_done(output) < 2 and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM
