@@ -124,10 +124,10 @@ class _ChunkAttention:
                 return original(*args, **kwargs)
             x, flag = signature.bind(*args, **kwargs).arguments["hidden_states"], kwargs["kv_cache_flag"]
             if flag["is_cache_step"]:
-                _, k, v = self._project(attention, x[:, flag["num_compressed_tokens"] :])
+                _, k, v = _project(attention, x[:, flag["num_compressed_tokens"] :])
                 self._rewrite(layer, k, v)
                 return original(*args, **kwargs)
-            out = self._attend(layer, *self._project(attention, x)).flatten(2)
+            out = self._attend(layer, *_project(attention, x)).flatten(2)
             for module in attention.to_out:
                 out = module(out)
             return out
@@ -138,18 +138,20 @@ class _ChunkAttention:
     @torch.compiler.disable
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert self._follower is not None
-        return self._follower.memory.attend(layer, q, k, v)
+        return self._follower.memory.attend(layer, *(self._in_frames(tensor) for tensor in (q, k, v)))
 
     @torch.compiler.disable
     def _rewrite(self, layer: int, k: Tensor, v: Tensor) -> None:
         assert self._follower is not None
-        self._follower.memory.rewrite(layer, self._in_full, k, v)
+        self._follower.memory.rewrite(layer, self._in_full, self._in_frames(k), self._in_frames(v))
 
-    def _project(self, attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised queries and keys, and values, [B, F, T, H, D]."""
-        q, k, v = attention.norm_q(attention.to_q(x)), attention.norm_k(attention.to_k(x)), attention.to_v(x)
-        frames = len(self._in_full)
-        q, k, v = (
-            tensor.to(x.dtype).unflatten(2, (attention.heads, -1)).unflatten(1, (frames, -1)) for tensor in (q, k, v)
-        )
-        return q, k, v
+    def _in_frames(self, x: Tensor) -> Tensor:
+        """[B, L, H, D] to [B, F, T, H, D]."""
+        return x.unflatten(1, (len(self._in_full), -1))
+
+
+def _project(attention: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised queries and keys, and values, [B, L, H, D]."""
+    q, k, v = attention.norm_q(attention.to_q(x)), attention.norm_k(attention.to_k(x)), attention.to_v(x)
+    q, k, v = (tensor.to(x.dtype).unflatten(2, (attention.heads, -1)) for tensor in (q, k, v))
+    return q, k, v

@@ -1,4 +1,4 @@
-"""krea realtime: before each block, the newest frames pass again, all together, and fill the cache anew."""
+"""krea realtime: before each block, the newest frames pass again in one call and refill the cache."""
 
 from __future__ import annotations
 
