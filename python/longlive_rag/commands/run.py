@@ -7,47 +7,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from longlive_rag.backbones.run.settings import Settings
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.files import atomic_path
 from longlive_rag.options import Positional
-
-ENVIRONMENT = "LONGLIVE_RAG_RUN"
-STARTUP = Path(__file__).parents[1] / "backbones" / "run" / "startup"
-"""Folder whose sitecustomize has the model patched."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `longlive-rag run` tells the processes that it starts."""
-
-    config: RetrievalConfig
-    reports: Path
-    """Folder for one report of each process that patched a model."""
-    embedding: Path | None = None
-    device_frames: int | None = None
-    keep_cache: bool = False
-
-    def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
-        """The environment of the script, given this process's own."""
-        content = json.dumps({**asdict(self), "reports": str(self.reports)}, default=str)
-        path = os.pathsep.join([str(STARTUP), *filter(None, [inherited.get("PYTHONPATH")])])
-        return {**inherited, ENVIRONMENT: content, "PYTHONPATH": path}
-
-    @classmethod
-    def from_environment(cls) -> Settings:
-        content = json.loads(os.environ[ENVIRONMENT])
-        embedding = content.pop("embedding")
-        return cls(
-            config=RetrievalConfig(**content.pop("config")),
-            reports=Path(content.pop("reports")),
-            embedding=None if embedding is None else Path(embedding),
-            **content,
-        )
 
 
 @dataclass(frozen=True)
@@ -64,14 +31,14 @@ class Run:
     """
 
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
-        "context policy": ("memory", "embedding"),
+        "context policy": ("policy", "embedding"),
         "machine": ("device_frames", "keep_cache"),
         "output": ("log",),
     }
 
     command: Positional[tuple[str, ...]]
     """The command to run, with its own options."""
-    memory: RetrievalConfig = field(default_factory=RetrievalConfig)
+    policy: RetrievalConfig = field(default_factory=RetrievalConfig)
     """The context policy."""
     embedding: Path | None = None
     """Checkpoint of the retrieval autoencoder used to search memory. Default: the mean of each latent channel."""
@@ -89,7 +56,7 @@ class Run:
             raise FileNotFoundError(f"no autoencoder checkpoint at {self.embedding}")
         with tempfile.TemporaryDirectory(prefix="longlive-rag-") as folder:
             embedding = None if self.embedding is None else self.embedding.resolve()
-            settings = Settings(self.memory, Path(folder), embedding, self.device_frames, self.keep_cache)
+            settings = Settings(self.policy, Path(folder), embedding, self.device_frames, self.keep_cache)
             status = subprocess.run(self.command, env=settings.environment(os.environ)).returncode
             reports = [json.loads(path.read_text()) for path in sorted(Path(folder).iterdir())]
         if status:
@@ -103,7 +70,13 @@ class Run:
                 f"{'' if self.keep_cache else freed}",
                 file=sys.stderr,
             )
+        if not any(report["used"] for report in reports):
+            families = ", ".join(sorted({report["family"] for report in reports}))
+            raise ValueError(
+                f"the {families} model was patched, but no call of it went through memory: calls with gradients, or "
+                f"without a key-value cache, go to its own attention; is torch.no_grad() missing?"
+            )
         if self.log is not None:
-            with atomic_path(self.log) as beside:
-                beside.write_text(json.dumps(reports, indent=1))
+            with atomic_path(self.log) as partial:
+                partial.write_text(json.dumps(reports, indent=1))
         return 0
