@@ -14,15 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from longlive_rag.small_world.joint_attention import JointAttention
+from longlive_rag.small_world.training_data import Batch, LatentWorld
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from longlive_rag import rotary
+from longlive_rag.files import atomic_path, load_checkpoint
 from longlive_rag.small_world import training_data
 from longlive_rag.small_world.backbone import ASSETS, Backbone, load_codec
-from longlive_rag.small_world.joint_attention import JointAttention
-from longlive_rag.small_world.training_data import Batch, LatentWorld
-from longlive_rag.files import atomic_path, load_checkpoint
 
 WARM_UP = 100  # steps
 SAVE_EVERY = 120  # seconds

@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from longlive_rag.small_world.joint_attention import JointAttention
+from longlive_rag.small_world.training_data import CHUNK, COLUMNS, NOISY, LatentWorld
 
 from longlive_rag import rotary
 from longlive_rag.context import UNUSED, ContextPlan
-from longlive_rag.small_world import training_data, world
-from longlive_rag.small_world.backbone import Backbone, load_codec, load_encoder
-from longlive_rag.small_world.joint_attention import JointAttention
-from longlive_rag.small_world.policies import POLICIES
-from longlive_rag.small_world.training_data import CHUNK, COLUMNS, NOISY, LatentWorld
 from longlive_rag.memory import RetrievalMemory
 from longlive_rag.selection import OracleSelection
+from longlive_rag.small_world import training_data, world
+from longlive_rag.small_world.backbone import Backbone, load_codec, load_encoder
+from longlive_rag.small_world.policies import POLICIES
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from longlive_rag.small_world import world
-from longlive_rag.small_world.codec import LATENT_CHANNELS, Codec
 from longlive_rag.embedding import LatentAutoencoder
 from longlive_rag.models.causal_wan import Attention, CausalWanModel, Prompt
+from longlive_rag.small_world import world
+from longlive_rag.small_world.codec import LATENT_CHANNELS, Codec
 
 ASSETS = Path(__file__).parent / "assets"
 DENOISING_STEPS = (1000, 750, 500, 250, 60)
