@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from longlive_rag import RetrievalConfig
+from longlive_rag.embedding import AveragePool, LatentAutoencoder
+from longlive_rag.generation.video import VideoWriter
 from longlive_rag.small_world import world
 from longlive_rag.small_world.backbone import ASSETS, load_codec
-from longlive_rag.embedding import AveragePool, LatentAutoencoder
 from longlive_rag.small_world.embeddings import (
     comparison_table,
     draw_comparison,
@@ -21,7 +22,6 @@ from longlive_rag.small_world.embeddings import (
     world_videos,
 )
 from longlive_rag.small_world.retrieval_quality import effective_rank, retrieval_quality, similarity_by_lag
-from longlive_rag.generation.video import VideoWriter
 
 CONFIG = RetrievalConfig(context_frames=6, sink_frames=1, memory_frames=2, recency_guard=5, block_frames=1)
 WALK = world.walk("cuts", 60)

@@ -43,7 +43,7 @@ class Demo:
         from tqdm import tqdm
 
         from longlive_rag.small_world import report, world
-        from longlive_rag.small_world.measure import Job, measure_all
+        from longlive_rag.small_world.measure import Condition, measure_all
         from longlive_rag.small_world.policies import POLICIES, SHOWN
 
         begun = time.monotonic()
@@ -53,7 +53,7 @@ class Demo:
             results = measure_all(
                 self.track, frames, policies=SHOWN, seed=self.seed, videos=self.videos, tick=progress.update
             )
-        shown = {name: results[Job(name, given=False)][1] for name in SHOWN}
+        shown = {name: results[Condition(name, given=False)][1] for name in SHOWN}
         for name, videos in tqdm(shown.items(), unit="video", desc="writing"):
             report.write_video(folder / f"{name}.mp4", videos.frames[0])
         clips = {name: videos.frames[0] for name, videos in shown.items()}
@@ -63,7 +63,7 @@ class Demo:
         policies = {
             name: {
                 "label": POLICIES[name].label,
-                **report.entry(walk, results[Job(name, given=True)][0], results[Job(name, given=False)][0]),
+                **report.entry(walk, results[Condition(name, given=True)][0], results[Condition(name, given=False)][0]),
             }
             for name in SHOWN
         }

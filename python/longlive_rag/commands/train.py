@@ -10,11 +10,12 @@ from typing import Annotated
 
 import torch
 import tyro
+from tqdm import tqdm
 
 from longlive_rag.embedding import LatentAutoencoder
 from longlive_rag.files import output_folder, write_json
-from longlive_rag.training.config import PAPER, TrainingConfig, TrainingOptions
 from longlive_rag.ranks import Ranks
+from longlive_rag.training.config import PAPER, TrainingConfig, TrainingOptions
 from longlive_rag.training.interruption import StopSignal
 from longlive_rag.training.latents import BadData, Corpus, open_corpus
 from longlive_rag.training.plots import draw_training, similarity_matrix
@@ -40,6 +41,9 @@ class Train:
     embeddings.png."""
     also: tuple[Path, ...] = ()
     """Files of latents, or videos, whose similarity against time lag is measured in an evaluation, too."""
+    rollouts: int = 0
+    """In an evaluation, also generate this many videos of the small world with each embedding and count the inhabitants
+    that are still themselves when they come back; 6 take about half a minute per embedding."""
     resume: bool = False
     """Go on with the training in the folder."""
     bad_data: BadData = "refuse"
@@ -63,6 +67,8 @@ class Train:
             raise ValueError(f"save_every must be at least 1, got {self.save_every}")
         if self.workers < 0:
             raise ValueError(f"workers must be at least 0, got {self.workers}")
+        if self.rollouts < 0 or self.rollouts == 1:
+            raise ValueError(f"rollouts must be 0, or at least 2 for an interval, got {self.rollouts}")
         for path in (*self.evaluate, *self.also):
             if not path.is_file():
                 raise FileNotFoundError(f"no file to evaluate at {path}")
@@ -131,25 +137,33 @@ class Train:
         print(f"lowest validation loss {trainer.best:.5f}: {output / BEST}, curves in {output / 'training.png'}")
 
     def _compare(self, encoders: dict[str, LatentAutoencoder]) -> None:
-        from longlive_rag.small_world.backbone import load_codec
-        from longlive_rag.small_world.policies import POLICIES
         from longlive_rag.embedding import AveragePool, Embedding
-        from longlive_rag.evaluation import embeddings
+        from longlive_rag.small_world import embeddings
+        from longlive_rag.small_world.backbone import load_backbone, load_codec
+        from longlive_rag.small_world.policies import POLICIES
 
         everything: dict[str, Embedding] = {
             "average pool": AveragePool(),
             "average pool, 4 x 4": AveragePool(grid=4),
             **encoders,
         }
-        truth, config = embeddings.world_videos(load_codec()), POLICIES["retrieval"].config
+        codec, config = load_codec(), POLICIES["retrieval"].config
+        truth = embeddings.world_videos(codec)
         files = {str(path): embeddings.read_latents_or_video(path) for path in self.also}
+        suitable = {
+            name: embedding
+            for name, embedding in everything.items()
+            if not isinstance(embedding, LatentAutoencoder) or embedding.in_channels == truth.drafts.shape[2]
+        }
+        small_world = {name: embeddings.measure_on_world(each, truth, config) for name, each in suitable.items()}
+        if self.rollouts:
+            model = load_backbone()
+            for name, embedding in tqdm(suitable.items(), desc="roll-outs", unit="embedding"):
+                rollouts = embeddings.measure_in_rollouts(embedding, model, codec, self.rollouts)
+                small_world[name]["rollouts"] = rollouts
         report = {
             "policy": asdict(config),
-            "small_world": {
-                name: embeddings.measure_on_world(embedding, truth, config)
-                for name, embedding in everything.items()
-                if not isinstance(embedding, LatentAutoencoder) or embedding.in_channels == truth.drafts.shape[2]
-            },
+            "small_world": small_world,
             "files": {
                 path: {name: embeddings.measure_alone(each, latents) for name, each in everything.items()}
                 for path, latents in files.items()

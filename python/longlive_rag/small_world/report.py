@@ -1,4 +1,4 @@
-"""What the demo leaves: report, videos, the side-by-side video and the picture of the memory."""
+"""What the demo leaves: the report, the videos, the comparison of all policies and the picture of the memory."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from longlive_rag.files import atomic_path
+from longlive_rag.generation.video import VideoWriter
 from longlive_rag.small_world import world
 from longlive_rag.small_world.measure import Score, Videos, revisits
 from longlive_rag.small_world.policies import POLICIES
-from longlive_rag.files import atomic_path
-from longlive_rag.generation.video import VideoWriter
 
 FPS = 8
 SCALE = 6  # 64 pixels become 384
@@ -111,11 +111,11 @@ def first_residents(walk: world.Walk, frames: np.ndarray) -> np.ndarray:
     return residents
 
 
-def draw_memory(path: Path, walk: world.Walk, videos: Mapping[str, Videos], video: int = 0) -> None:
-    """What each block of one video retrieved, similarity as colour.
+def draw_memory(path: Path, walk: world.Walk, videos: Mapping[str, Videos]) -> None:
+    """What each block of the first video retrieved, similarity as colour.
 
-    Frames that show the same place are shaded; blocks at which an inhabitant comes back are ringed: there only memory
-    knows who it was. videos: the policies to show, one panel each.
+    Frames that show the same place are shaded. Blocks at which an inhabitant comes back are ringed: only memory knows
+    who it was. videos: the policies to show, one panel each.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -131,15 +131,13 @@ def draw_memory(path: Path, walk: world.Walk, videos: Mapping[str, Videos], vide
     axes = np.atleast_1d(figure.subplots(1, len(videos), sharey=True))
     for axis, (name, clip) in zip(axes, videos.items(), strict=True):
         axis.imshow(shade, origin="lower", cmap="Greys", vmin=0, vmax=6, interpolation="nearest")
-        starts = np.concatenate([np.full(len(r.frames[video]), r.block_start) for r in clip.recalls])
-        frames = np.concatenate([r.frames[video] for r in clip.recalls]).astype(int)
-        similarity = np.concatenate([r.similarity[video] for r in clip.recalls])
+        starts = np.concatenate([np.full(len(r.frames[0]), r.block_start) for r in clip.recalls])
+        frames = np.concatenate([r.frames[0] for r in clip.recalls]).astype(int)
+        similarity = np.concatenate([r.similarity[0] for r in clip.recalls])
         ringed = np.isin(starts, returns)
         points = axis.scatter(starts, frames, c=similarity, s=9, cmap="viridis", vmin=0.3, vmax=1.0, zorder=3)
         axis.scatter(starts[ringed], frames[ringed], s=42, facecolors="none", edgecolors="tab:red", zorder=4)
-        recalled = {
-            r.block_start: [world.visible_spots(int(walk.views[f])) for f in r.frames[video]] for r in clip.recalls
-        }
+        recalled = {r.block_start: [world.visible_spots(int(walk.views[f])) for f in r.frames[0]] for r in clip.recalls}
         shown = np.mean([any(event.spot in spots for spots in recalled[event.frame]) for event in events])
         axis.set_title(f"{POLICIES[name].label}: shows {100 * shown:.0f}% of those who come back", fontsize=12)
         axis.axvline(walk.lap - 0.5, color="tab:red", linewidth=1, linestyle="--")
