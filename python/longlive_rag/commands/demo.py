@@ -9,27 +9,28 @@ from typing import Literal
 
 from longlive_rag.files import output_folder, write_json
 
-LEAST_FRAMES = 120
+MIN_FRAMES = 120
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Generate a long video under every context policy with the bundled small backbone, and see which one stays itself.
+    """Generate the same long video under every context policy with the bundled small backbone, and see which one stays
+    itself.
 
-    Needs no GPU and no download. Leaves a video for each policy, comparison.mp4 (side by side), memory.png and
+    Needs no GPU and no download. Leaves a video for each policy, comparison.mp4 (all of them together), memory.png and
     report.json.
     """
 
     output: Path
     """Folder for the results; created if it is missing."""
     seed: int = 0
-    """Of the noise and of the inhabitants."""
+    """Seed of the noise and the inhabitants."""
     laps: int = 5
-    """Times the camera goes over the whole world; at least 2, and always enough for 120 frames."""
+    """How often the camera visits the whole world, at least 2; raised to what 120 frames need."""
     track: Literal["cuts", "pans"] = "cuts"
     """The camera cuts between four places, or pans over them and back."""
     videos: int = 4
-    """Videos per policy that the report counts; the first is written."""
+    """Videos per policy in the report; the first is written as a file."""
 
     def run(self) -> int:
         if self.laps < 2:
@@ -47,7 +48,7 @@ class Demo:
         from longlive_rag.small_world.policies import POLICIES, SHOWN
 
         begun = time.monotonic()
-        frames = max(LEAST_FRAMES, world.lap_frames(self.track, self.laps))
+        frames = max(MIN_FRAMES, world.lap_frames(self.track, self.laps))
         walk = world.walk(self.track, frames)
         with tqdm(total=2 * len(SHOWN) * frames, unit="frame", desc="generating", smoothing=0.05) as progress:
             results = measure_all(

@@ -29,7 +29,7 @@ from longlive_rag.small_world.codec import LATENT_CHANNELS, LATENT_SIZE, Codec
 from longlive_rag.small_world.policies import POLICIES, Policy
 
 Tick = Callable[[int], object]
-MOST_WORKERS = 4  # of about 0.5 GB each
+MAX_WORKERS = 4  # of about 0.5 GB each
 AWAY = 5  # an inhabitant out of sight for more frames than this has left every window
 
 
@@ -219,13 +219,14 @@ class Condition:
 def measure_all(
     track: str, frames: int, *, policies: Sequence[str], seed: int, videos: int, tick: Tick, workers: int | None = None
 ) -> dict[Condition, tuple[Score, Videos]]:
-    """Measure the bundled backbone under several policies, each in one thread, as many at a time as there are cores.
+    """Measure the bundled backbone under several policies, each in a process of one thread, as many at a time as there
+    are cores.
 
     A roll-out of this size is a long chain of tiny operations: two processes use two cores where two threads would not.
     """
     walk = world.walk(track, frames)
     conditions = [Condition(policy, given) for policy in policies for given in (True, False)]
-    workers = workers or min(_cores(), MOST_WORKERS)
+    workers = workers or min(_cores(), MAX_WORKERS)
     context = multiprocessing.get_context("spawn")
     counter, stop = context.Value("l", 0), context.Event()
     executor = ProcessPoolExecutor(workers, context, _start_worker, (counter, stop))
@@ -261,7 +262,7 @@ def _work(condition: Condition, walk: world.Walk, seed: int, videos: int) -> tup
 
     def tick(frames: int) -> None:
         if stop.is_set():
-            raise InterruptedError("the demo was stopped")
+            raise InterruptedError("the measurement was stopped")
         with counter.get_lock():
             counter.value += frames
 

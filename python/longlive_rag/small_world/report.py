@@ -57,8 +57,8 @@ def write_comparison(
 ) -> None:
     """All policies side by side, frames [N, 64, 64, 3] each.
 
-    After the first lap every inhabitant is underlined: green where it is who it was at its first visit (`truth`: per
-    policy the sprite of every spot, -1 unknown), red where it is another.
+    After the first lap every inhabitant is underlined: in green where it is the one of the first visit (`truth`: for each
+    policy the sprite of every spot, -1 unknown), in red where it is another.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -78,7 +78,7 @@ def write_comparison(
                     mark(draw, clip[time], int(walk.views[time]), truth[name], left, top + CAPTION)
             story = f"frame {time}: {where(walk, time)}"
             draw.text((8, height - CAPTION + 4), story, font=small, fill=(200, 200, 210))
-            legend = "underlined: who stood there in the first lap (green), somebody else (red)"
+            legend = "underlined: the inhabitant of the first lap (green) or another (red)"
             draw.text((width - 8, height - CAPTION + 4), legend, font=small, fill=(200, 200, 210), anchor="ra")
             video.write(np.asarray(canvas)[None])
 
@@ -139,10 +139,10 @@ def draw_memory(path: Path, walk: world.Walk, videos: Mapping[str, Videos]) -> N
         axis.scatter(starts[ringed], frames[ringed], s=42, facecolors="none", edgecolors="tab:red", zorder=4)
         recalled = {r.block_start: [world.visible_spots(int(walk.views[f])) for f in r.frames[0]] for r in clip.recalls}
         shown = np.mean([any(event.spot in spots for spots in recalled[event.frame]) for event in events])
-        axis.set_title(f"{POLICIES[name].label}: shows {100 * shown:.0f}% of those who come back", fontsize=12)
+        axis.set_title(f"{POLICIES[name].label}: shows {100 * shown:.0f}% of returning inhabitants", fontsize=12)
         axis.axvline(walk.lap - 0.5, color="tab:red", linewidth=1, linestyle="--")
-        axis.set_xlabel("frame being made (dashed: the first lap ends; ringed: somebody comes back)")
-    axes[0].set_ylabel("frame that memory gave back (grey: it shows the same place)")
+        axis.set_xlabel("frame being generated (dashed: end of the first lap; ringed: an inhabitant comes back)")
+    axes[0].set_ylabel("frame retrieved (grey: shows the same place)")
     figure.colorbar(points, ax=axes, label="cosine similarity to the query", shrink=0.8)
     with atomic_path(path) as partial:
         figure.savefig(partial, dpi=110)
@@ -150,7 +150,7 @@ def draw_memory(path: Path, walk: world.Walk, videos: Mapping[str, Videos]) -> N
 
 def table(policies: Mapping[str, Mapping[str, Any]]) -> str:
     """The report as text."""
-    rows = [f"{'who is still themselves':30}  {'first lap given':>22}  {'first lap generated':>22}"]
+    rows = [f"{'inhabitants still themselves':30}  {'first lap given':>22}  {'first lap generated':>22}"]
     for name, facts in policies.items():
         cells = [
             f"{value['mean']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
