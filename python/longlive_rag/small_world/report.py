@@ -57,8 +57,8 @@ def write_comparison(
 ) -> None:
     """All policies side by side, frames [N, 64, 64, 3] each.
 
-    After the first lap every inhabitant is underlined: in green where it is the one of the first visit (`truth`: for each
-    policy the sprite of every spot, -1 unknown), in red where it is another.
+    After the first lap every inhabitant is underlined: in green where it is the one of the first visit (`truth`: for
+    each policy the sprite of every spot, -1 unknown), in red where it is another.
     """
     from PIL import Image, ImageDraw, ImageFont
 
