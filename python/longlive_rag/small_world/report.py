@@ -141,8 +141,10 @@ def draw_memory(path: Path, walk: world.Walk, videos: Mapping[str, Videos]) -> N
         shown = np.mean([any(event.spot in spots for spots in recalled[event.frame]) for event in events])
         axis.set_title(f"{POLICIES[name].label}: shows {100 * shown:.0f}% of returning inhabitants", fontsize=12)
         axis.axvline(walk.lap - 0.5, color="tab:red", linewidth=1, linestyle="--")
-        axis.set_xlabel("frame being generated (dashed: end of the first lap; ringed: an inhabitant comes back)")
     axes[0].set_ylabel("frame retrieved (grey: shows the same place)")
+    figure.supxlabel(
+        "frame being generated (dashed: end of the first lap; ringed: an inhabitant comes back)", fontsize=10
+    )
     figure.colorbar(points, ax=axes, label="cosine similarity to the query", shrink=0.8)
     with atomic_path(path) as partial:
         figure.savefig(partial, dpi=110)
