@@ -1,13 +1,12 @@
-"""Video files: H.264 written as the video grows, frames read in bounded memory, labelled panels.
+"""Video files: H.264 written as the video grows, frames read in bounded memory.
 
 Frames are uint8 RGB arrays `[N, H, W, 3]` throughout.
 """
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -220,70 +219,6 @@ def read_video(path: str | Path, max_frames: int | None = None) -> tuple[Frames,
             if len(images) == max_frames:
                 break
         return np.stack(images), video.fps
-
-
-def side_by_side(panels: Mapping[str, Frames], *, columns: int | None = None, gap: int = 4) -> Frames:
-    """Lay videos out in a grid, each under its name.
-
-    Args:
-        panels: label -> uint8 [N, H, W, 3], all of one shape; shown row by row in the mapping's order.
-        columns: panels per row; None puts up to three in a row.
-        gap: pixels between panels.
-
-    Returns:
-        uint8 [N, H', W', 3], H' and W' even.
-
-    Raises:
-        ValueError: no panel, shapes that differ, or `columns` below 1.
-    """
-    if not panels:
-        raise ValueError("panels must hold at least one video, got none")
-    if columns is None:
-        columns = min(3, len(panels))
-    if columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}")
-    shapes = set()
-    for name, frames in panels.items():
-        _check_frames(f"panels[{name!r}]", frames)
-        shapes.add(frames.shape)
-    if len(shapes) > 1:
-        raise ValueError(f"panels must have one shape, got {', '.join(str(shape) for shape in sorted(shapes))}")
-    count, height, width, _ = shapes.pop()
-    bar = caption_height(height)
-    rows = -(-len(panels) // columns)
-    total_height = rows * (bar + height) + (rows - 1) * gap
-    total_width = columns * width + (columns - 1) * gap
-    canvas = np.full((count, total_height + total_height % 2, total_width + total_width % 2, 3), 255, np.uint8)
-    for index, (name, frames) in enumerate(panels.items()):
-        row, column = divmod(index, columns)
-        top, left = row * (bar + height + gap), column * (width + gap)
-        canvas[:, top : top + bar, left : left + width] = caption(name, bar, width)
-        canvas[:, top + bar : top + bar + height, left : left + width] = frames
-    return canvas
-
-
-def caption_height(panel_height: int) -> int:
-    """Pixels of the bar that `side_by_side` puts above a panel of `panel_height` pixels: a twelfth, at least 20."""
-    return max(20, panel_height // 12 // 2 * 2)
-
-
-@functools.lru_cache(maxsize=64)
-def caption(text: str, height: int, width: int) -> Frames:
-    """Dark text centred on white, uint8 [height, width, 3]; too long a text is set smaller, then clipped."""
-    import matplotlib
-    from PIL import Image, ImageDraw, ImageFont
-
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    points = max(8, round(0.62 * height))
-    font = ImageFont.truetype(str(path), points)
-    while points > 8 and font.getlength(text) > 0.96 * width:
-        points -= 1
-        font = ImageFont.truetype(str(path), points)
-    image = Image.new("RGB", (width, height), "white")
-    ImageDraw.Draw(image).text((width / 2, height / 2), text, fill=(20, 20, 20), font=font, anchor="mm")
-    picture = np.array(image)
-    picture.flags.writeable = False
-    return picture
 
 
 def _move_index_to_front(partial: Path, path: Path) -> None:
