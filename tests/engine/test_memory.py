@@ -188,9 +188,7 @@ def test_rewritten_frames_come_back_as_rewritten() -> None:
             engine.commit(latents)
     assert engines[1].bank.capacity == 4
     assert all(torch.equal(one, other) for one, other in zip(*outputs, strict=True))
-    with pytest.raises(
-        ValueError, match="device_frames must leave room for all .* 10 pages for 2 videos, got 4"
-    ):
+    with pytest.raises(ValueError, match="device_frames must leave room for all .* 10 pages for 2 videos, got 4"):
         engines[1].rewrite(0, [2, 3], k[:, [0, 0]], v[:, [0, 0]])
 
 

@@ -46,7 +46,7 @@ def test_from_nothing_to_an_encoder(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_ablation_trains_every_variant_and_compares_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from longlive_rag.evaluation import embeddings
+    from longlive_rag.small_world import embeddings
 
     small = embeddings.world_videos
     monkeypatch.setattr(embeddings, "world_videos", lambda codec: small(codec, videos=1, frames=60, draws=1))

@@ -73,28 +73,15 @@ class Corpus:
         return 0
 
     def _source(self, ranks: Ranks) -> LatentSource:
-        from longlive_rag.small_world.backbone import DENOISING_STEPS, TIMESTEP_SHIFT, load_backbone, load_codec
-        from longlive_rag.small_world.policies import POLICIES
-        from longlive_rag.training.sources import SMALL_WORLD_SHAPE, GeneratorSource, WorldSource, small_world_prompts
+        from longlive_rag.small_world.backbone import load_backbone, load_codec
+        from longlive_rag.small_world.corpus import WorldSource, rollout_source
 
         frames = self.frames or (64 if self.source in ("small-world", "world") else 90)
         if self.source == "world":
             return WorldSource(load_codec(), frames, self.seed)
         device = ranks.device(self.device)
         if self.source == "small-world":
-            model = load_backbone().to(device)
-            return GeneratorSource(
-                model,
-                small_world_prompts(model, frames, self.seed),
-                SMALL_WORLD_SHAPE,
-                frames,
-                POLICIES["retrieval"].config,
-                denoising_steps=DENOISING_STEPS,
-                timestep_shift=TIMESTEP_SHIFT,
-                seed=self.seed,
-                name=self.source,
-                batch=self.batch,
-            )
+            return rollout_source(load_backbone().to(device), frames, seed=self.seed, batch=self.batch)
         from longlive_rag.training.wan_source import wan_source
 
         return wan_source(

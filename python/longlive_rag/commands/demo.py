@@ -9,7 +9,7 @@ from typing import Literal
 
 from longlive_rag.files import output_folder, write_json
 
-LEAST_FRAMES = 120
+MIN_FRAMES = 120
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,17 @@ class Demo:
         from tqdm import tqdm
 
         from longlive_rag.small_world import report, world
-        from longlive_rag.small_world.measure import Job, measure_all
+        from longlive_rag.small_world.measure import Condition, measure_all
         from longlive_rag.small_world.policies import POLICIES, SHOWN
 
         begun = time.monotonic()
-        frames = max(LEAST_FRAMES, world.lap_frames(self.track, self.laps))
+        frames = max(MIN_FRAMES, world.lap_frames(self.track, self.laps))
         walk = world.walk(self.track, frames)
         with tqdm(total=2 * len(SHOWN) * frames, unit="frame", desc="generating", smoothing=0.05) as progress:
             results = measure_all(
                 self.track, frames, policies=SHOWN, seed=self.seed, videos=self.videos, tick=progress.update
             )
-        shown = {name: results[Job(name, given=False)][1] for name in SHOWN}
+        shown = {name: results[Condition(name, given=False)][1] for name in SHOWN}
         for name, videos in tqdm(shown.items(), unit="video", desc="writing"):
             report.write_video(folder / f"{name}.mp4", videos.frames[0])
         clips = {name: videos.frames[0] for name, videos in shown.items()}
@@ -67,7 +67,7 @@ class Demo:
         policies = {
             name: {
                 "label": POLICIES[name].label,
-                **report.entry(walk, results[Job(name, given=True)][0], results[Job(name, given=False)][0]),
+                **report.entry(walk, results[Condition(name, given=True)][0], results[Condition(name, given=False)][0]),
             }
             for name in SHOWN
         }

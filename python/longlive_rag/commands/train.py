@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
+from tqdm import tqdm
 
 from longlive_rag.embedding import LatentAutoencoder
 from longlive_rag.files import output_folder, write_json
@@ -62,6 +63,9 @@ class Train:
     embeddings.png."""
     also: tuple[Path, ...] = ()
     """Files of latents, or videos, for which a comparison also measures similarity against time lag."""
+    rollouts: int = 0
+    """In a comparison, also generate this many videos of the small world with each embedding, and count the inhabitants
+    that are still themselves when they come back; 6 take about half a minute per embedding."""
     resume: bool = False
     """Continue the training in the output folder."""
     bad_data: BadData = "refuse"
@@ -85,6 +89,8 @@ class Train:
             raise ValueError(f"save_every must be at least 1, got {self.save_every}")
         if self.workers < 0:
             raise ValueError(f"workers must be at least 0, got {self.workers}")
+        if self.rollouts < 0 or self.rollouts == 1:
+            raise ValueError(f"rollouts must be 0, or at least 2 for an interval, got {self.rollouts}")
         for path in (*self.evaluate, *self.also):
             if not path.is_file():
                 raise FileNotFoundError(f"no file to evaluate at {path}")
@@ -154,8 +160,8 @@ class Train:
 
     def _compare(self, encoders: dict[str, LatentAutoencoder]) -> None:
         from longlive_rag.embedding import AveragePool, Embedding
-        from longlive_rag.evaluation import embeddings
-        from longlive_rag.small_world.backbone import load_codec
+        from longlive_rag.small_world import embeddings
+        from longlive_rag.small_world.backbone import load_backbone, load_codec
         from longlive_rag.small_world.policies import POLICIES
 
         everything: dict[str, Embedding] = {
@@ -163,15 +169,23 @@ class Train:
             "average pool, 4 x 4": AveragePool(grid=4),
             **encoders,
         }
-        truth, config = embeddings.world_videos(load_codec()), POLICIES["retrieval"].config
+        codec, config = load_codec(), POLICIES["retrieval"].config
+        truth = embeddings.world_videos(codec)
         files = {str(path): embeddings.read_latents_or_video(path) for path in self.also}
+        suitable = {
+            name: embedding
+            for name, embedding in everything.items()
+            if not isinstance(embedding, LatentAutoencoder) or embedding.in_channels == truth.drafts.shape[2]
+        }
+        small_world = {name: embeddings.measure_on_world(each, truth, config) for name, each in suitable.items()}
+        if self.rollouts:
+            model = load_backbone()
+            for name, embedding in tqdm(suitable.items(), desc="roll-outs", unit="embedding"):
+                rollouts = embeddings.measure_in_rollouts(embedding, model, codec, self.rollouts)
+                small_world[name]["rollouts"] = rollouts
         report = {
             "policy": asdict(config),
-            "small_world": {
-                name: embeddings.measure_on_world(embedding, truth, config)
-                for name, embedding in everything.items()
-                if not isinstance(embedding, LatentAutoencoder) or embedding.in_channels == truth.drafts.shape[2]
-            },
+            "small_world": small_world,
             "files": {
                 path: {name: embeddings.measure_alone(each, latents) for name, each in everything.items()}
                 for path, latents in files.items()

@@ -1,9 +1,9 @@
 """Does memory help? The bundled backbone under every context policy, on videos never used in training or tuning.
 
-    python benchmarks/memory.py --json benchmarks/results/memory_small_world.json
+    python -m longlive_rag.small_world.benchmark --json benchmarks/results/memory_small_world.json
 
-Every policy makes the same videos (same noise, same inhabitants), so that they compare in pairs; intervals are 95%
-bootstrap over videos. Takes about a quarter of an hour on two CPU cores.
+Every policy makes the same videos (same noise, same inhabitants), so that they are compared in pairs; intervals are 95%
+bootstrap over videos. It takes about a quarter of an hour on two CPU cores.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 import longlive_rag
 from longlive_rag import figures
-from longlive_rag.files import write_json
+from longlive_rag.files import check_writable, write_json
 from longlive_rag.intervals import bootstrap_interval
 from longlive_rag.small_world import report, world
-from longlive_rag.small_world.measure import Job, Score, measure_all
+from longlive_rag.small_world.measure import Condition, Score, measure_all
 from longlive_rag.small_world.policies import POLICIES
 
 SEED = 20_000  # tuning used 5000
@@ -43,13 +43,16 @@ def measure_track(track: str, videos: int, workers: int | None) -> dict[str, Any
         results = measure_all(
             track, frames, policies=list(POLICIES), seed=SEED, videos=videos, tick=progress.update, workers=workers
         )
-    scores = {job: score for job, (score, _) in results.items()}
+    scores = {condition: score for condition, (score, _) in results.items()}
     policies = {
-        name: {"label": policy.label, **report.entry(walk, scores[Job(name, True)], scores[Job(name, False)])}
+        name: {
+            "label": policy.label,
+            **report.entry(walk, scores[Condition(name, True)], scores[Condition(name, False)]),
+        }
         for name, policy in POLICIES.items()
     }
     behind_oracle = {
-        setting: advantage(scores[Job("oracle", given)], scores[Job("retrieval", given)])
+        setting: advantage(scores[Condition("oracle", given)], scores[Condition("retrieval", given)])
         for setting, given in (("given", True), ("generated", False))
     }
     return {"frames": frames, "oracle_less_retrieval": behind_oracle, "policies": policies}
@@ -81,11 +84,13 @@ def draw(path: Path, tracks: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--picture", type=Path)
-    parser.add_argument("--videos", type=int, default=32)
-    parser.add_argument("--workers", type=int, help="processes; default as many as cores, at most 4")
+    parser.add_argument("--json", type=Path, required=True, help="file for the results")
+    parser.add_argument("--picture", type=Path, help="file for bars of the results")
+    parser.add_argument("--videos", type=int, default=32, help="videos per policy; default 32")
+    parser.add_argument("--workers", type=int, help="processes; default one per core, at most 4")
     options = parser.parse_args()
+    for path in filter(None, (options.json, options.picture)):
+        check_writable(path)
     tracks = {track: measure_track(track, options.videos, options.workers) for track in world.TRACKS}
     facts = {
         "version": longlive_rag.__version__,
