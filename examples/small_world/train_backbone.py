@@ -17,8 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from longlive_rag.small_world.joint_attention import JointAttention
-from longlive_rag.small_world.training_data import Batch, LatentWorld
 from safetensors.torch import save_file
 from torch import Tensor, nn
 

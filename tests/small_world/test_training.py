@@ -6,8 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from longlive_rag.small_world.joint_attention import JointAttention
-from longlive_rag.small_world.training_data import CHUNK, COLUMNS, NOISY, LatentWorld
 
 import longlive_rag
 import train_backbone
