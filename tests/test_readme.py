@@ -186,4 +186,9 @@ def test_an_option_that_is_mentioned_exists(page: Path) -> None:
     spans = re.findall(r"`(--[a-z][^`]*)`", page.read_text(encoding="utf-8"))
     mentioned = {word for span in spans for word in re.findall(r"--[a-z][\w-]*", span)}
     others = {"--nnodes", "--kernel-regex"}  # of torchrun and compute-sanitizer
-    assert mentioned - others <= options().union(*map(options, cli.COMMANDS))
+    scripts = {
+        name
+        for script in ROOT.glob("examples/**/*.py")
+        for name in re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text(encoding="utf-8"))
+    }
+    assert mentioned - others - scripts <= options().union(*map(options, cli.COMMANDS))
