@@ -138,6 +138,21 @@ def test_pools_at_any_address(device: torch.device) -> None:
     assert torch.equal(moved, pages)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pairs", [19, 20])
+def test_weight_and_rotation_at_any_address(device: torch.device, dtype: torch.dtype, pairs: int) -> None:
+    """Views that begin in the middle of a 16-byte word give what their copies give."""
+    torch.manual_seed(2)
+    k = torch.randn(1, 1, 3, 2, 64).to(device, dtype)
+    slots = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    weight, rotation = torch.rand(128).to(device, dtype), rotation_table(3, pairs).to(device)
+    pages = [poisoned(1, 2, 3, 64, dtype=dtype, device=device) for _ in range(4)]
+    ops.insert(k, k, weight, rotation, pages[0], pages[1], slots)
+    weight, rotation = (torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x) for x in (weight, rotation))
+    ops.insert(k, k, weight, rotation, pages[2], pages[3], slots)
+    assert torch.equal(pages[0], pages[2])
+
+
 def test_a_frame_does_not_depend_on_its_batch(device: torch.device) -> None:
     torch.manual_seed(1)
     k = torch.randn(3, 2, 6, 4, 64).to(device, torch.bfloat16)
