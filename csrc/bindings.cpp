@@ -62,32 +62,32 @@ void bind_attend(Address q, Address k_pages, Address v_pages, Address slots, Add
   const auto& [batch, length, heads, head_dim] = shape;
   attend({pointer(q), pointer(k_pages), pointer(v_pages), pointer<const int32_t>(slots),
           pointer<const int32_t>(positions), pointer<const int32_t>(query_position),
-          pointer<const double>(frequencies), pointer(out), pointer<float>(lse), batch, length, heads, head_dim,
-          tokens, entries, pairs, dtype, scale},
+          pointer<const double>(frequencies), pointer(out), pointer<float>(lse), batch, length, heads,
+          head_dim, tokens, entries, pairs, dtype, scale},
          pointer(stream));
 }
 
 #ifdef LONGLIVE_RAG_SM90
 
 // Bytes of workspace, or None where the kernel does not take these sizes.
-std::optional<size_t> bind_attend_sm90_workspace(const AttendShape& shape, int dtype, int key_tile,
-                                                 int consumers) {
+std::optional<size_t> bind_attend_sm90_workspace(const AttendShape& shape, int dtype, int key_tile) {
   const AttendArguments a = attend_sizes(shape, dtype);
   if (!attend_sm90_supports(a)) return std::nullopt;
-  return attend_sm90_workspace(a, {0, key_tile, consumers});
+  return attend_sm90_workspace(a, {0, key_tile});
 }
 
 void bind_attend_sm90(Address q, Address k_pages, Address v_pages, Address slots, Address positions,
-                      Address query_position, Address frequencies, Address out, Address lse, Address workspace,
-                      const AttendShape& shape, int page_slots, int dtype, float scale, int key_tile,
-                      int consumers, Address stream) {
+                      Address query_position, Address frequencies, Address out, Address lse,
+                      Address workspace, const AttendShape& shape, int page_slots, int dtype, float scale,
+                      int key_tile, Address stream) {
   AttendArguments a = attend_sizes(shape, dtype);
   a.q = pointer(q), a.k_pages = pointer(k_pages), a.v_pages = pointer(v_pages);
   a.slots = pointer<const int32_t>(slots), a.positions = pointer<const int32_t>(positions);
-  a.query_position = pointer<const int32_t>(query_position), a.frequencies = pointer<const double>(frequencies);
+  a.query_position = pointer<const int32_t>(query_position),
+  a.frequencies = pointer<const double>(frequencies);
   a.out = pointer(out), a.lse = pointer<float>(lse);
   a.scale = scale;
-  attend_sm90(a, {page_slots, key_tile, consumers}, pointer(workspace), pointer(stream));
+  attend_sm90(a, {page_slots, key_tile}, pointer(workspace), pointer(stream));
 }
 
 #endif

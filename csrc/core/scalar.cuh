@@ -1,6 +1,6 @@
 // Element types of tensors: 16-byte vectors of them, and arithmetic in float.
 #pragma once
-#include "cuda/platform.cuh"
+#include "core/platform.cuh"
 
 namespace longlive {
 

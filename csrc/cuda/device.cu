@@ -1,6 +1,6 @@
 #include "cuda/device.h"
 
-#include "cuda/platform.cuh"
+#include "core/platform.cuh"
 
 namespace longlive {
 

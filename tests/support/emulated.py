@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -43,7 +44,8 @@ OPERATORS = {
 }
 
 Edit = tuple[str, str, str]
-"""A file below csrc, a text that occurs in it exactly once, and what stands there instead."""
+"""A file below csrc, a text that occurs in it exactly once, however it is broken into lines, and what stands there
+instead."""
 
 
 @functools.cache
@@ -78,8 +80,9 @@ def program(name: str, source: str) -> Path:
 
 
 @contextlib.contextmanager
-def backend(module: ModuleType) -> Iterator[list[str]]:
-    """Let `longlive_rag.ops` run on CPU tensors with the emulated kernels. Yields the list of calls so far."""
+def backend(module: ModuleType, hopper: bool = False) -> Iterator[list[str]]:
+    """Let `longlive_rag.ops` run on CPU tensors with the emulated kernels, on a GPU for sm_80 or on Hopper. Yields the
+    list of calls so far."""
     calls: list[str] = []
 
     def call(function: str, device: torch.device, *arguments: object) -> object:
@@ -95,6 +98,7 @@ def backend(module: ModuleType) -> Iterator[list[str]]:
             mock.patch("longlive_rag.ops._cuda.stream", lambda device: 0),
             mock.patch.dict("longlive_rag.ops._cuda._counters"),
             mock.patch("torch.cuda.is_current_stream_capturing", lambda: False),
+            mock.patch("longlive_rag.ops.attend._is_hopper", lambda device: hopper),
         ):
             yield calls
     finally:
@@ -113,8 +117,10 @@ def _edited(edits: tuple[Edit, ...]) -> Path:
     shutil.copytree(CSRC, target, dirs_exist_ok=True)
     for file, old, new in edits:
         text = (target / file).read_text()
-        assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in csrc/{file}, expected once"
-        (target / file).write_text(text.replace(old, new))
+        pattern = r"\s*".join(map(re.escape, re.findall(r"\w+|[^\w\s]", old)))
+        edited, count = re.subn(pattern, lambda _, new=new: new, text)
+        assert count == 1, f"{old!r} stands {count} times in csrc/{file}, expected once"
+        (target / file).write_text(edited)
     return target
 
 

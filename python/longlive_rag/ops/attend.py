@@ -263,17 +263,15 @@ def _launch_sm80(tensors: list[Tensor | None], sizes: _Sizes, scale: float) -> N
     _cuda.launch("attend", _device(tensors), *addresses, tuple(shape), tokens, entries, pairs, sizes.dtype, scale)
 
 
-def _launch_sm90(
-    tensors: list[Tensor | None], sizes: _Sizes, scale: float, key_tile: int = 0, consumers: int = 0
-) -> None:
-    """`key_tile` and `consumers` as in csrc/cuda/attend_sm90.h; zero: as the kernel chooses."""
+def _launch_sm90(tensors: list[Tensor | None], sizes: _Sizes, scale: float, key_tile: int = 0) -> None:
+    """`key_tile` as in csrc/cuda/attend_sm90.h; zero: as the kernel chooses."""
     device = _device(tensors)
-    size = _hopper_workspace(device, sizes, key_tile, consumers)
+    size = _hopper_workspace(device, sizes, key_tile)
     assert size is not None and tensors[1] is not None
     workspace = torch.empty(size, dtype=torch.uint8, device=device)
     addresses = map(_cuda.address, [*tensors, workspace])
     pages = tensors[1].shape[0]
-    _cuda.launch("attend_sm90", device, *addresses, sizes.shape, pages, sizes.dtype, scale, key_tile, consumers)
+    _cuda.launch("attend_sm90", device, *addresses, sizes.shape, pages, sizes.dtype, scale, key_tile)
 
 
 def _device(tensors: list[Tensor | None]) -> torch.device:
@@ -290,9 +288,9 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _hopper_workspace(device: torch.device, sizes: _Sizes, key_tile: int = 0, consumers: int = 0) -> int | None:
+def _hopper_workspace(device: torch.device, sizes: _Sizes, key_tile: int = 0) -> int | None:
     """Bytes, or None if csrc/cuda/attend_sm90.cuh does not handle these sizes."""
-    return _cuda.call("attend_sm90_workspace", device, sizes.shape, sizes.dtype, key_tile, consumers)
+    return _cuda.call("attend_sm90_workspace", device, sizes.shape, sizes.dtype, key_tile)
 
 
 LIBRARY.impl("attend", _reference, "CompositeExplicitAutograd")
