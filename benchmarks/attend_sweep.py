@@ -3,10 +3,10 @@
     python benchmarks/attend_sweep.py --json benchmarks/results/attend_sweep_h200.json
 
 Checks come first and stop everything: against float64, against the kernel for sm_80, with unused pages and table
-entries poisoned, pages moved, runs repeated and replayed from a CUDA graph, for every variant. Then the figures of the
-issue's table, each beside torch SDPA (cuDNN and flash) on keys gathered and rotated beforehand and the cuBLAS rate
-measured in the same run; then key tile and consumers, and what the rotation costs. Goals not reached are listed last;
-they are findings, not failures, so the exit status is 0 unless a check fails.
+entries poisoned, pages moved, samples alone, runs repeated and replayed from a CUDA graph, for every variant. Then the
+figures of the issue's table, each beside torch SDPA (cuDNN and flash) on keys gathered and rotated beforehand and the
+cuBLAS rate measured in the same run; then the key tiles, and what the rotation costs. Goals not reached are listed
+last; they are findings, not failures, so the exit status is 0 unless a check fails.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,27 +23,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from longlive_rag import ops, rotary
+from longlive_rag import ops
 from longlive_rag.bench.common import Call, Machine, Row, machine, table
 from longlive_rag.files import write_json
 from longlive_rag.ops._cuda import DTYPE_CODES
 from longlive_rag.ops.attend import _is_hopper, _launch_sm80, _launch_sm90, _Sizes
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from support import attend_cases
+from support.attend_cases import Case
+
 PEERS = {"SDPA cuDNN": SDPBackend.CUDNN_ATTENTION, "SDPA flash": SDPBackend.FLASH_ATTENTION}
-VARIANTS = [(112, 2), (128, 2), (144, 2), (176, 2), (112, 3)]
-"""Key tile and consumers."""
-
-
-class Case(NamedTuple):
-    """Arguments of `ops.attend`, in its order."""
-
-    q: Tensor
-    k_pages: Tensor
-    v_pages: Tensor
-    slots: Tensor
-    positions: Tensor
-    query_position: Tensor
-    frequencies: Tensor
+KEY_TILES = [112, 128, 144, 176]
 
 
 @dataclass(frozen=True)
@@ -87,32 +77,22 @@ CHECKS = [
 ]
 
 
-def make_case(sizes: Sizes, dtype: torch.dtype, device: torch.device, unused: int = 0) -> Case:
-    """Random pages; further pages hold NaN, further table entries the largest integers."""
-    used = sizes.batch * sizes.entries
-    like = {"device": device, "dtype": dtype}
-    pools = [torch.full((used + unused, sizes.heads, sizes.tokens, sizes.head_dim), torch.nan, **like) for _ in "kv"]
-    places = torch.randperm(used + unused, device=device)
-    for pool in pools:
-        for slot in places[:used].tolist():
-            pool[slot] = torch.randn(pool.shape[1:], **like)
-    extreme = torch.full((sizes.batch, unused), 2**31 - 1, device=device)
-    order = torch.randperm(sizes.entries + unused, device=device)
-    positions = torch.arange(sizes.entries, device=device).expand(sizes.batch, -1)
-    query_position = torch.arange(sizes.frames, device=device) + sizes.entries - sizes.frames
-    return Case(
-        torch.randn(sizes.batch, sizes.frames * sizes.tokens, sizes.heads, sizes.head_dim, **like),
-        *pools,
-        torch.cat([places[:used].view(sizes.batch, -1), -extreme], dim=1)[:, order].int(),
-        torch.cat([positions, extreme], dim=1)[:, order].int(),
-        query_position.expand(sizes.batch, -1).int().contiguous(),
-        rotary.temporal_frequencies(sizes.head_dim, device),
+def make_case(sizes: Sizes, dtype: torch.dtype, device: torch.device, spare: int = 0) -> Case:
+    """`spare`: unused table entries of each sample, and unused pages."""
+    return attend_cases.make_case(
+        device,
+        dtype,
+        batch=sizes.batch,
+        frames=sizes.frames,
+        tokens=sizes.tokens,
+        heads=sizes.heads,
+        head_dim=sizes.head_dim,
+        entries=sizes.entries,
+        spare=spare,
     )
 
 
-def launch(
-    case: Case, kernel: str, key_tile: int = 0, consumers: int = 0, *, poison: bool = True
-) -> tuple[Tensor, Tensor]:
+def launch(case: Case, kernel: str, key_tile: int = 0, *, poison: bool = True) -> tuple[Tensor, Tensor]:
     """One of the two kernels, whatever `ops.attend` would choose; output and log-sum-exp."""
     out, lse = torch.empty_like(case.q), torch.empty(case.q.shape[:3], device=case.q.device)
     if poison:
@@ -124,13 +104,13 @@ def launch(
     if kernel == "sm80":
         _launch_sm80([*case, out, lse], sizes, scale)
     else:
-        _launch_sm90([*case, out, lse], sizes, scale, key_tile, consumers)
+        _launch_sm90([*case, out, lse], sizes, scale, key_tile)
     return out, lse
 
 
-def check(case: Case, key_tile: int, consumers: int) -> None:
+def check(case: Case, key_tile: int) -> None:
     """Raises AssertionError on the first thing that is wrong."""
-    out, lse = launch(case, "sm90", key_tile, consumers)
+    out, lse = launch(case, "sm90", key_tile)
     eps = torch.finfo(out.dtype).eps
     for sample in range(len(case.q)):  # one at a time: float64 scores are large
         one = [case.q, *case[3:6]]
@@ -150,29 +130,29 @@ def check(case: Case, key_tile: int, consumers: int) -> None:
     def same(what: str, again: tuple[Tensor, Tensor]) -> None:
         assert torch.equal(out, again[0]) and torch.equal(lse, again[1]), f"other bits {what}"
 
-    same("when run again", launch(case, "sm90", key_tile, consumers))
+    same("when run again", launch(case, "sm90", key_tile))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = launch(case, "sm90", key_tile, consumers)
+        captured = launch(case, "sm90", key_tile)
     for _ in range(2):
         graph.replay()
         same("when replayed from a graph", captured)
-    places = torch.randperm(len(case.k_pages), device=case.q.device)
-    pools = [torch.empty_like(pool) for pool in case[1:3]]
-    for pool, old in zip(pools, case[1:3], strict=True):
-        pool[places] = old
-    slots = torch.where(case.slots < 0, case.slots, places[case.slots.clamp(min=0).long()].int())
-    same("when the pages lie elsewhere", launch(Case(case.q, *pools, slots, *case[4:]), "sm90", key_tile, consumers))
+    same("when the pages lie elsewhere", launch(case.with_pages_moved(), "sm90", key_tile))
+    same("with more unused entries", launch(case.with_unused_entries(2, 3), "sm90", key_tile))
+    for sample in range(len(case.q)):
+        alone = launch(case.sample(sample), "sm90", key_tile)
+        one = slice(sample, sample + 1)
+        assert torch.equal(alone[0], out[one]) and torch.equal(alone[1], lse[one]), f"other bits alone: {sample}"
 
 
 def run_checks(device: torch.device) -> None:
-    jobs = [(sizes, 0, 0, dtype) for sizes in CHECKS for dtype in (torch.bfloat16, torch.float16)]
-    jobs += [(Sizes(1560, 3, 2, entries=3), *variant, torch.bfloat16) for variant in VARIANTS]
-    for sizes, key_tile, consumers, dtype in tqdm(jobs, desc="checks"):
+    jobs = [(sizes, 0, dtype) for sizes in CHECKS for dtype in (torch.bfloat16, torch.float16)]
+    jobs += [(Sizes(1560, 3, 2, entries=3), key_tile, torch.bfloat16) for key_tile in KEY_TILES]
+    for sizes, key_tile, dtype in tqdm(jobs, desc="checks"):
         try:
-            check(make_case(sizes, dtype, device, unused=3), key_tile, consumers)
+            check(make_case(sizes, dtype, device, spare=3), key_tile)
         except AssertionError as error:
-            raise AssertionError(f"{sizes.name}, {dtype}, tile {key_tile}, {consumers} consumers: {error}") from None
+            raise AssertionError(f"{sizes.name}, {dtype}, tile {key_tile}: {error}") from None
 
 
 def measured_cases(here: Machine, sizes: Sizes) -> list[Case]:
@@ -215,11 +195,11 @@ def sweep(here: Machine) -> Iterator[Row]:
     for sizes in tqdm([*FIGURES[:2], *(Sizes(tokens, 3, 12) for tokens in (880, 1024, 3600))], desc="sweep"):
         cases = measured_cases(here, sizes)
         calls: list[Call] = [
-            lambda i, cases=cases, variant=variant: launch(cases[i], "sm90", *variant, poison=False)
-            for variant in VARIANTS
+            lambda i, cases=cases, key_tile=key_tile: launch(cases[i], "sm90", key_tile, poison=False)
+            for key_tile in KEY_TILES
         ]
         calls.append(lambda i, cases=cases: launch(cases[i], "sm80", poison=False))
-        names = [*(f"tile {tile}, {consumers} consumers" for tile, consumers in VARIANTS), "sm_80 kernel"]
+        names = [*(f"tile {key_tile}" for key_tile in KEY_TILES), "sm_80 kernel"]
         for name, seconds in zip(names, here.seconds(calls, sets=len(cases)), strict=True):
             case = f"{name}, {sizes.name}: {sizes.work / seconds / 1e12:.0f} TFLOP/s"
             yield Row("sweep", case, seconds, sizes.work / here.matmul_rate, "cuBLAS rate")

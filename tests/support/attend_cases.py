@@ -67,18 +67,19 @@ def make_case(
     """
     torch.manual_seed(seed)
     pool = batch * entries + spare
-    like = {"device": device, "dtype": dtype}
-    k_pages, v_pages = (torch.full((pool, heads, tokens, head_dim), torch.nan, **like) for _ in "kv")
+    k_pages, v_pages = (
+        torch.full((pool, heads, tokens, head_dim), torch.nan, device=device, dtype=dtype) for _ in "kv"
+    )
     slots = torch.randperm(pool)[: batch * entries].view(batch, entries)
     for pages in (k_pages, v_pages):
         for slot in slots.flatten().tolist():  # page by page: the largest pools are gigabytes
-            pages[slot] = torch.randn(heads, tokens, head_dim)
+            pages[slot] = torch.randn(heads, tokens, head_dim, device=device)
     slots = torch.cat([slots, torch.full((batch, spare), -(2**31))], dim=1)
     positions = torch.cat([torch.randint(0, 30, (batch, entries)), torch.full((batch, spare), 2**31 - 1)], dim=1)
     order = torch.randperm(slots.shape[1])
     frequencies = rotary.temporal_frequencies(head_dim) if pairs is None else torch.rand(pairs, dtype=torch.float64)
     return Case(
-        torch.randn(batch, frames * tokens, heads, head_dim).to(**like),
+        torch.randn(batch, frames * tokens, heads, head_dim, device=device).to(dtype),
         k_pages,
         v_pages,
         slots[:, order].int().to(device),
@@ -97,9 +98,8 @@ def exact(case: Case, scale: float | None = None) -> tuple[Tensor, Tensor]:
     batch, length, heads, head_dim = q.shape
     tokens, pairs = k_pages.shape[2], frequencies.shape[0]
     scale = head_dim**-0.5 if scale is None else scale
-    wide = {"dtype": torch.float64, "device": q.device}
-    out = torch.zeros(batch, length, heads, head_dim, **wide)
-    lse = torch.full((batch, length, heads), -torch.inf, **wide)
+    out = torch.zeros(batch, length, heads, head_dim, dtype=torch.float64, device=q.device)
+    lse = torch.full((batch, length, heads), -torch.inf, dtype=torch.float64, device=q.device)
     for b in range(batch):
         used = slots[b] >= 0
         if not used.any():
