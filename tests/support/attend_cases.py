@@ -24,8 +24,12 @@ class Case(NamedTuple):
     def sample(self, index: int) -> Case:
         """One sample alone, over the same pools."""
         one = slice(index, index + 1)
-        tables = (table[one] for table in (self.slots, self.positions, self.query_position))
-        return Case(self.q[one], self.k_pages, self.v_pages, *tables, self.frequencies)
+        return self._replace(
+            q=self.q[one],
+            slots=self.slots[one],
+            positions=self.positions[one],
+            query_position=self.query_position[one],
+        )
 
     def with_pages_moved(self) -> Case:
         """The same pages elsewhere in the pool."""

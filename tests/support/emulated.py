@@ -118,9 +118,10 @@ def _edited(edits: tuple[Edit, ...]) -> Path:
     for file, old, new in edits:
         text = (target / file).read_text()
         pattern = r"\s*".join(map(re.escape, re.findall(r"\w+|[^\w\s]", old)))
-        edited, count = re.subn(pattern, lambda _, new=new: new, text)
-        assert count == 1, f"{old!r} stands {count} times in csrc/{file}, expected once"
-        (target / file).write_text(edited)
+        found = [match.span() for match in re.finditer(pattern, text)]
+        assert len(found) == 1, f"{old!r} stands {len(found)} times in csrc/{file}, expected once"
+        begin, end = found[0]
+        (target / file).write_text(text[:begin] + new + text[end:])
     return target
 
 
