@@ -43,6 +43,16 @@ struct alignas(16) Vector {
   T element[kSize];
 };
 
+// The vector at an address that is a multiple of 16: others stop a GPU, and the emulator too.
+template <class T>
+__device__ __forceinline__ Vector<T> load_vector(const T* address) {
+#ifndef __CUDACC__
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(Vector<T>) != 0)
+    throw std::logic_error("a misaligned 16-byte load");
+#endif
+  return *reinterpret_cast<const Vector<T>*>(address);
+}
+
 // Calls `function(T{})` for the element type that `dtype` names.
 template <class Function>
 void dispatch(DType dtype, Function function) {

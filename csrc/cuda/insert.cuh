@@ -33,7 +33,7 @@ __device__ __forceinline__ void load_floats(float* to, const T* from, bool wide)
   if (wide) {
 #pragma unroll
     for (int i = 0; i < kCount; i += Vector<T>::kSize) {
-      const Vector<T> vector = *reinterpret_cast<const Vector<T>*>(from + i);
+      const Vector<T> vector = load_vector(from + i);
 #pragma unroll
       for (int j = 0; j < Vector<T>::kSize; ++j) to[i + j] = to_float(vector.element[j]);
     }
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(insert_max_threads<T>(kHeld))
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int vector = threadIdx.x + i * blockDim.x;
-    if (vector < vectors) held[i] = reinterpret_cast<const Row*>(source)[vector];
+    if (vector < vectors) held[i] = load_vector(source + vector * Row::kSize);
   }
 
   float scale = 1.0f;

@@ -22,11 +22,17 @@ def run_insert() -> list[Tensor]:
     torch.manual_seed(0)
     k, v, q = torch.randn(3, 1, 2, 5, 12, 64).half()
     weight, rotation = torch.rand(12 * 64), torch.rand(5, 20, 2)
-    pages = torch.zeros(2, 3, 12, 5, 64).half()
-    slots = torch.tensor([[2, 0]], dtype=torch.int32)
-    out = ops.insert(k, v, weight, rotation, pages[0], pages[1], slots, q=q, q_weight=weight)
-    assert out is not None
-    return [out, pages]
+    results = []
+    for offset in (0, 1):  # whole 16-byte words, and views that begin inside of one
+        weight, rotation = (
+            torch.cat([x.new_zeros(offset), x.flatten()])[offset:].view_as(x) for x in (weight, rotation)
+        )
+        pages = torch.zeros(2, 3, 12, 5, 64).half()
+        slots = torch.tensor([[2, 0]], dtype=torch.int32)
+        out = ops.insert(k, v, weight, rotation, pages[0], pages[1], slots, q=q, q_weight=weight)
+        assert out is not None
+        results += [out, pages]
+    return results
 
 
 def run_retrieve() -> list[Tensor]:
@@ -51,6 +57,18 @@ SM80 = "cuda/attend_sm80.cuh"
 FAULTS = {
     "insert: no barrier in the sum over the block": (run_insert, "core/reduce.cuh", "__syncthreads();", ""),
     "insert: first rotated pair forgotten": (run_insert, "cuda/insert.cuh", "pair >= 0", "pair > 0"),
+    "insert: 16-byte loads of angles wherever they lie": (
+        run_insert,
+        "cuda/insert.cuh",
+        "wide_angles = a.pairs % 2 == 0 && is_aligned(a.rotation)",
+        "wide_angles = a.pairs % 2 == 0",
+    ),
+    "insert: 16-byte loads of weights wherever they lie": (
+        run_insert,
+        "cuda/insert.cuh",
+        "wide_weight = is_aligned(tensor.weight)",
+        "wide_weight = true",
+    ),
     "retrieve: wrong shuffle": (
         run_retrieve,
         "core/topk.cuh",

@@ -19,7 +19,8 @@ HOPPER = ["emulated-sm90", "emulated-sm90-reverse"]
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test marked cuda, for which the emulator is too slow, runs on a GPU only."""
-    if "device" not in metafunc.fixturenames:
+    chosen = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "device" not in metafunc.fixturenames or "device" in chosen:
         return
     if metafunc.definition.get_closest_marker("cuda"):
         backends = [CUDA]
