@@ -5,7 +5,7 @@
 Checks come first and stop everything: against float64, against the kernel for sm_80, with unused pages and table
 entries poisoned, pages moved, runs repeated and replayed from a CUDA graph, for every variant. Then the figures of the
 issue's table, each beside torch SDPA (cuDNN and flash) on keys gathered and rotated beforehand and the cuBLAS rate
-measured in the same run; then key tile and consumers, and what the rotation costs. Goals not reached are listed last;
+measured in the same run; then the key tile, and what the rotation costs. Goals not reached are listed last;
 they are findings, not failures, so the exit status is 0 unless a check fails.
 """
 
@@ -27,12 +27,11 @@ from tqdm import tqdm
 from longlive_rag import ops, rotary
 from longlive_rag.bench.common import Call, Machine, Row, machine, table
 from longlive_rag.files import write_json
-from longlive_rag.ops._cuda import DTYPE_CODES
-from longlive_rag.ops.attend import _is_hopper, _launch_sm80, _launch_sm90, _Sizes
+from longlive_rag.native import kernels_on
+from longlive_rag.ops.attend import launch as launch_kernel
 
 PEERS = {"SDPA cuDNN": SDPBackend.CUDNN_ATTENTION, "SDPA flash": SDPBackend.FLASH_ATTENTION}
-VARIANTS = [(112, 2), (128, 2), (144, 2), (176, 2), (112, 3)]
-"""Key tile and consumers."""
+KEY_TILES = [112, 128, 144, 176]
 
 
 class Case(NamedTuple):
@@ -110,27 +109,22 @@ def make_case(sizes: Sizes, dtype: torch.dtype, device: torch.device, unused: in
     )
 
 
-def launch(
-    case: Case, kernel: str, key_tile: int = 0, consumers: int = 0, *, poison: bool = True
-) -> tuple[Tensor, Tensor]:
+def launch(case: Case, kernel: str, key_tile: int = 0, *, poison: bool = True) -> tuple[Tensor, Tensor]:
     """One of the two kernels, whatever `ops.attend` would choose; output and log-sum-exp."""
+    extension = kernels_on(case.q.device)
+    assert extension is not None
     out, lse = torch.empty_like(case.q), torch.empty(case.q.shape[:3], device=case.q.device)
     if poison:
         out.fill_(torch.nan)
         lse.fill_(torch.nan)
-    shape = (*case.q.shape, case.k_pages.shape[2], case.slots.shape[1], case.frequencies.shape[0])
-    sizes = _Sizes(shape, DTYPE_CODES[case.q.dtype])
-    scale = case.q.shape[3] ** -0.5
-    if kernel == "sm80":
-        _launch_sm80([*case, out, lse], sizes, scale)
-    else:
-        _launch_sm90([*case, out, lse], sizes, scale, key_tile, consumers)
+    options = extension.AttendOptions(kernel=kernel, key_tile=key_tile)
+    launch_kernel(extension, out, lse, *case, case.q.shape[3] ** -0.5, options)
     return out, lse
 
 
-def check(case: Case, key_tile: int, consumers: int) -> None:
+def check(case: Case, key_tile: int) -> None:
     """Raises AssertionError on the first thing that is wrong."""
-    out, lse = launch(case, "sm90", key_tile, consumers)
+    out, lse = launch(case, "sm90", key_tile)
     eps = torch.finfo(out.dtype).eps
     for sample in range(len(case.q)):  # one at a time: float64 scores are large
         one = [case.q, *case[3:6]]
@@ -150,10 +144,10 @@ def check(case: Case, key_tile: int, consumers: int) -> None:
     def same(what: str, again: tuple[Tensor, Tensor]) -> None:
         assert torch.equal(out, again[0]) and torch.equal(lse, again[1]), f"other bits {what}"
 
-    same("when run again", launch(case, "sm90", key_tile, consumers))
+    same("when run again", launch(case, "sm90", key_tile))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = launch(case, "sm90", key_tile, consumers)
+        captured = launch(case, "sm90", key_tile)
     for _ in range(2):
         graph.replay()
         same("when replayed from a graph", captured)
@@ -162,17 +156,17 @@ def check(case: Case, key_tile: int, consumers: int) -> None:
     for pool, old in zip(pools, case[1:3], strict=True):
         pool[places] = old
     slots = torch.where(case.slots < 0, case.slots, places[case.slots.clamp(min=0).long()].int())
-    same("when the pages lie elsewhere", launch(Case(case.q, *pools, slots, *case[4:]), "sm90", key_tile, consumers))
+    same("when the pages lie elsewhere", launch(Case(case.q, *pools, slots, *case[4:]), "sm90", key_tile))
 
 
 def run_checks(device: torch.device) -> None:
-    jobs = [(sizes, 0, 0, dtype) for sizes in CHECKS for dtype in (torch.bfloat16, torch.float16)]
-    jobs += [(Sizes(1560, 3, 2, entries=3), *variant, torch.bfloat16) for variant in VARIANTS]
-    for sizes, key_tile, consumers, dtype in tqdm(jobs, desc="checks"):
+    jobs = [(sizes, 0, dtype) for sizes in CHECKS for dtype in (torch.bfloat16, torch.float16)]
+    jobs += [(Sizes(1560, 3, 2, entries=3), key_tile, torch.bfloat16) for key_tile in KEY_TILES]
+    for sizes, key_tile, dtype in tqdm(jobs, desc="checks"):
         try:
-            check(make_case(sizes, dtype, device, unused=3), key_tile, consumers)
+            check(make_case(sizes, dtype, device, unused=3), key_tile)
         except AssertionError as error:
-            raise AssertionError(f"{sizes.name}, {dtype}, tile {key_tile}, {consumers} consumers: {error}") from None
+            raise AssertionError(f"{sizes.name}, {dtype}, tile {key_tile}: {error}") from None
 
 
 def measured_cases(here: Machine, sizes: Sizes) -> list[Case]:
@@ -215,11 +209,10 @@ def sweep(here: Machine) -> Iterator[Row]:
     for sizes in tqdm([*FIGURES[:2], *(Sizes(tokens, 3, 12) for tokens in (880, 1024, 3600))], desc="sweep"):
         cases = measured_cases(here, sizes)
         calls: list[Call] = [
-            lambda i, cases=cases, variant=variant: launch(cases[i], "sm90", *variant, poison=False)
-            for variant in VARIANTS
+            lambda i, cases=cases, tile=tile: launch(cases[i], "sm90", tile, poison=False) for tile in KEY_TILES
         ]
         calls.append(lambda i, cases=cases: launch(cases[i], "sm80", poison=False))
-        names = [*(f"tile {tile}, {consumers} consumers" for tile, consumers in VARIANTS), "sm_80 kernel"]
+        names = [*(f"tile {tile}" for tile in KEY_TILES), "sm_80 kernel"]
         for name, seconds in zip(names, here.seconds(calls, sets=len(cases)), strict=True):
             case = f"{name}, {sizes.name}: {sizes.work / seconds / 1e12:.0f} TFLOP/s"
             yield Row("sweep", case, seconds, sizes.work / here.matmul_rate, "cuBLAS rate")
@@ -255,7 +248,7 @@ def main() -> int:
     parser.add_argument("--checks-only", action="store_true", help="do not measure")
     arguments = parser.parse_args()
     here = machine()
-    if not here.cuda or not _is_hopper(here.device):
+    if not here.cuda or torch.cuda.get_device_capability() != (9, 0) or kernels_on(here.device) is None:
         parser.error("needs a Hopper GPU, and kernels compiled for sm_90a")
     torch.manual_seed(0)
     try:

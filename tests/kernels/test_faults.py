@@ -68,8 +68,8 @@ FAULTS = {
         "a.last[sample * a.last_stride], a.count)",
         "a.last[sample * a.last_stride] + 1, a.count)",
     ),
-    "retrieve: counter not set back": (
-        run_retrieve, "cuda/retrieve.cuh", "  if (lane == 0) a.finished_blocks[sample] = 0;\n", "",
+    "retrieve: counters not cleared": (
+        run_retrieve, "cuda/retrieve.cu", "  clear(workspace, counter_bytes(a.batch), stream);\n", "",
     ),
     "attend: no barrier before K is read": (
         run_attend, "cuda/attend_sm80.cuh", "    __syncthreads();  // K is there", "    // K is there",

@@ -138,6 +138,38 @@ def test_pools_at_any_address(device: torch.device) -> None:
     assert torch.equal(moved, pages)
 
 
+def test_rotation_at_any_address(device: torch.device) -> None:
+    """A table that begins at an odd number of floats gives what its copy gives."""
+    torch.manual_seed(0)
+    k = torch.randn(1, 1, 4, 1, 64).to(device, torch.bfloat16)
+    rotation, slots = rotation_table(4, 20).to(device), torch.zeros(1, 1, dtype=torch.int32, device=device)
+    pages = poisoned(2, 2, 1, 4, 64, dtype=k.dtype, device=device)[:, :, None]
+    ops.insert(k, k, None, rotation, *pages[0], slots)
+    moved = torch.cat([rotation.new_zeros(1), rotation.flatten()])[1:].view_as(rotation)
+    ops.insert(k, k, None, moved, *pages[1], slots)
+    assert torch.equal(pages[0], pages[1])
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 4, 2, 64), (1, 0, 4, 2, 64), (1, 1, 4, 0, 64)])
+def test_nothing_to_insert(device: torch.device, shape: tuple[int, ...]) -> None:
+    batch, frames, tokens, heads, head_dim = shape
+    k = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+    pages = poisoned(2, 1, heads, tokens, head_dim, dtype=k.dtype, device=device)
+    slots = torch.zeros(batch, frames, dtype=torch.int32, device=device)
+    out = ops.insert(k, k, None, torch.zeros(tokens, 0, 2, device=device), *pages, slots, q=k)
+    assert out is not None and out.shape == (batch, frames * tokens, heads, head_dim) and pages.isnan().all()
+
+
+def test_heads_of_no_dimension(device: torch.device) -> None:
+    """The operation itself, whose caller checks strides that such a tensor has not."""
+    k = torch.zeros(1, 1, 4, 2, 0, dtype=torch.bfloat16, device=device)
+    pages = torch.zeros(2, 1, 2, 4, 0, dtype=k.dtype, device=device)
+    slots = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    rotation = torch.zeros(4, 0, 2, device=device)
+    out = torch.ops.longlive_rag.insert(k, k, None, rotation, pages[0], pages[1], slots, EPS, k, None)
+    assert out.shape == (1, 4, 2, 0)
+
+
 def test_a_frame_does_not_depend_on_its_batch(device: torch.device) -> None:
     torch.manual_seed(1)
     k = torch.randn(3, 2, 6, 4, 64).to(device, torch.bfloat16)
