@@ -26,8 +26,8 @@ from tqdm import tqdm
 from longlive_rag import ops
 from longlive_rag.bench.common import Call, Machine, Row, machine, table
 from longlive_rag.files import write_json
-from longlive_rag.ops._cuda import DTYPE_CODES
-from longlive_rag.ops.attend import _is_hopper, _launch_sm80, _launch_sm90, _Sizes
+from longlive_rag.native import kernels_on
+from longlive_rag.ops.attend import launch as launch_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from support import attend_cases
@@ -94,17 +94,14 @@ def make_case(sizes: Sizes, dtype: torch.dtype, device: torch.device, spare: int
 
 def launch(case: Case, kernel: str, key_tile: int = 0, *, poison: bool = True) -> tuple[Tensor, Tensor]:
     """One of the two kernels, whatever `ops.attend` would choose; output and log-sum-exp."""
+    extension = kernels_on(case.q.device)
+    assert extension is not None
     out, lse = torch.empty_like(case.q), torch.empty(case.q.shape[:3], device=case.q.device)
     if poison:
         out.fill_(torch.nan)
         lse.fill_(torch.nan)
-    shape = (*case.q.shape, case.k_pages.shape[2], case.slots.shape[1], case.frequencies.shape[0])
-    sizes = _Sizes(shape, DTYPE_CODES[case.q.dtype])
-    scale = case.q.shape[3] ** -0.5
-    if kernel == "sm80":
-        _launch_sm80([*case, out, lse], sizes, scale)
-    else:
-        _launch_sm90([*case, out, lse], sizes, scale, key_tile)
+    options = extension.AttendOptions(kernel=kernel, key_tile=key_tile)
+    launch_kernel(extension, out, lse, *case, case.q.shape[3] ** -0.5, options)
     return out, lse
 
 
@@ -235,7 +232,7 @@ def main() -> int:
     parser.add_argument("--checks-only", action="store_true", help="do not measure")
     arguments = parser.parse_args()
     here = machine()
-    if not here.cuda or not _is_hopper(here.device):
+    if not here.cuda or torch.cuda.get_device_capability() != (9, 0) or kernels_on(here.device) is None:
         parser.error("needs a Hopper GPU, and kernels compiled for sm_90a")
     torch.manual_seed(0)
     try:

@@ -34,6 +34,7 @@ __device__ __forceinline__ Plan& shared_memory() {
 #ifdef __CUDACC__
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();  // the runtime remembers it, and the next launch would report it again
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 #endif

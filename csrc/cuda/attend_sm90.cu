@@ -25,15 +25,6 @@ size_t arrived_bytes(const AttendArguments& a, const Schedule& schedule) {
   return sizeof(uint32_t) * a.batch * schedule.cut * kConsumers;
 }
 
-void set_zero(void* memory, size_t bytes, cudaStream_t stream) {
-#ifdef __CUDACC__
-  check(cudaMemsetAsync(memory, 0, bytes, stream), "attend");
-#else
-  static_cast<void>(stream);
-  std::memset(memory, 0, bytes);
-#endif
-}
-
 template <class T, int kHeadDim, int kKeyTile>
 void launch_attend(const AttendArguments& a, int page_slots, void* workspace, cudaStream_t stream) {
   using Shared = AttendSm90Shared<T, kHeadDim, kKeyTile>;
@@ -58,7 +49,7 @@ void launch_attend(const AttendArguments& a, int page_slots, void* workspace, cu
   p.cut_a_sample = schedule.cut;
   p.partials = static_cast<float*>(workspace);
   p.arrived = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + partial_bytes(a, schedule));
-  if (schedule.cut) set_zero(p.arrived, arrived_bytes(a, schedule), stream);
+  if (schedule.cut) clear(p.arrived, arrived_bytes(a, schedule), stream);
   // Never fewer blocks, however little there is to do: a sample is cut by their number.
   launch("attend", attend_sm90_kernel<T, kHeadDim, kKeyTile>, dim3(multiprocessors()), kAttendSm90Threads,
          sizeof(Shared), stream, p);

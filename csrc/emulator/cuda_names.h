@@ -56,6 +56,7 @@ inline __half __float2half_rn(float x) {
 
 template <class T>
 T __ldg(const T* address) {
+  if (reinterpret_cast<uintptr_t>(address) % alignof(T)) throw std::logic_error("a misaligned load");
   return *address;
 }
 template <class T>

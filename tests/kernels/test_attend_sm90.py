@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from longlive_rag import ops
+from longlive_rag.native import kernels_on
 from longlive_rag.ops._cuda import DTYPE_CODES
-from longlive_rag.ops.attend import _is_hopper, _launch_sm80, _Sizes
+from longlive_rag.ops.attend import launch
 from support import attend_cases, emulated
 from support.attend_cases import Case, exact
 
@@ -24,18 +25,20 @@ def make_case(dtype: torch.dtype = torch.bfloat16, *, tokens: int = 150, head_di
     return attend_cases.make_case(torch.device("cpu"), dtype, tokens=tokens, head_dim=head_dim, **sizes)
 
 
-def shape_of(case: Case) -> tuple[int, ...]:
-    return (*case.q.shape, case.k_pages.shape[2], case.slots.shape[1], case.frequencies.shape[0])
+def sizes_of(case: Case) -> tuple[object, ...]:
+    """As the extension wants them."""
+    entries, pairs = case.slots.shape[1], case.frequencies.shape[0]
+    return case.q.shape, case.k_pages.shape, entries, pairs, DTYPE_CODES[case.q.dtype]
 
 
 def attend_sm90(module: ModuleType, case: Case, key_tile: int = 0) -> tuple[Tensor, Tensor]:
     """The emulated kernel's output and log-sum-exp; both, and the workspace, are poisoned before."""
-    dtype, shape = DTYPE_CODES[case.q.dtype], shape_of(case)
-    size = module.attend_sm90_workspace(shape, dtype, key_tile)
+    options, sizes = module.AttendOptions(kernel="sm90", key_tile=key_tile), sizes_of(case)
+    size = module.attend_workspace(sizes, options, 0)
     workspace = torch.full((size // 4 + 4,), torch.nan)
     out, lse = torch.full_like(case.q, torch.nan), torch.full(case.q.shape[:3], torch.nan)
     addresses = [tensor.data_ptr() for tensor in (*case, out, lse, workspace)]
-    module.attend_sm90(*addresses, shape, len(case.k_pages), dtype, case.q.shape[3] ** -0.5, key_tile, 0)
+    module.attend(*addresses, sizes, case.q.shape[3] ** -0.5, options, 0, 0)
     assert workspace[size // 4 :].isnan().all(), "a store went past the end of the workspace"
     return out, lse
 
@@ -86,7 +89,7 @@ def test_distant_frames(module):
 def test_whole_and_cut_tiles(module, order, tiles, is_cut):
     """Waves of whole tiles need no workspace; a remainder is cut, and merged to the same result."""
     case = make_case(tokens=64, head_dim=64, heads=tiles, entries=8)
-    assert (module.attend_sm90_workspace(shape_of(case), DTYPE_CODES[case.q.dtype], 0) > 0) == is_cut
+    assert (module.attend_workspace(sizes_of(case), module.AttendOptions(kernel="sm90"), 0) > 0) == is_cut
     check(module, case)
 
 
@@ -121,12 +124,37 @@ def test_sample_without_pages(module, heads):
 
 
 @pytest.mark.parametrize(
-    "change", [{"head_dim": 96}, {"tokens": 63}, {"pairs": 25}, {"head_dim": 64, "pairs": 17}, {"dtype": 0}]
+    "change",
+    [
+        {"head_dim": 96},
+        {"tokens": 63},
+        {"pairs": 25},
+        {"head_dim": 64, "pairs": 17},
+        {"dtype": 0},
+        {"heads": 0},
+        {"slots": 0},
+        {"entries": 0},
+    ],
 )
-def test_sizes_left_to_the_other_kernel(module, change):
-    sizes = {"length": 128, "head_dim": 128, "tokens": 64, "pairs": 22, "dtype": 2} | change
-    shape = (1, sizes["length"], 1, sizes["head_dim"], sizes["tokens"], 4, sizes["pairs"])
-    assert module.attend_sm90_workspace(shape, sizes["dtype"], 0) is None
+def test_sizes_left_to_the_other_kernel(module, change, monkeypatch):
+    monkeypatch.setenv("SIMT_CAPABILITY", "90")
+    few = {"heads": 1, "head_dim": 128, "slots": 4, "tokens": 64, "entries": 4, "pairs": 22, "dtype": 2}
+
+    def kernel(heads, head_dim, slots, tokens, entries, pairs, dtype, wanted="auto"):
+        sizes = ((1, 128, heads, head_dim), (slots, heads, tokens, head_dim), entries, pairs, dtype)
+        return module.attend_kernel(sizes, module.AttendOptions(kernel=wanted), 0)
+
+    assert kernel(**few) == "sm90" and kernel(**few, wanted="sm80") == "sm80"
+    assert kernel(**few | change) == "sm80"
+    with pytest.raises(ValueError, match="sm_90a"):
+        kernel(**few | change, wanted="sm90")
+    monkeypatch.setenv("SIMT_CAPABILITY", "100")
+    assert kernel(**few) == "sm80"
+
+
+def test_a_kernel_of_another_name_is_refused(module):
+    with pytest.raises(ValueError, match="kernel must be auto, sm80 or sm90, got hopper"):
+        module.AttendOptions(kernel="hopper")
 
 
 LAUNCHER, CONSUMER, PRODUCERS = "cuda/attend_sm90.cu", "cuda/attend_sm90.cuh", "cuda/attend_sm90_producers.cuh"
@@ -209,11 +237,13 @@ def test_faults_are_caught(fault, monkeypatch):
 def test_agrees_with_the_other_kernel(dtype, sizes):
     """On Hopper: the kernel for sm_80 and newer computes the same."""
     device = torch.device("cuda", torch.cuda.current_device())
-    if not _is_hopper(device):
-        pytest.skip(f"{torch.cuda.get_device_name()} is not a Hopper GPU")
     case = Case(*(tensor.to(device) for tensor in make_case(dtype, **sizes)))
+    extension = kernels_on(device)
+    assert extension is not None
+    if extension.attend_kernel(sizes_of(case), extension.AttendOptions(), device.index) != "sm90":
+        pytest.skip(f"{torch.cuda.get_device_name()} is not a Hopper GPU")
     sm90, sm90_lse = ops.attend(*case, return_lse=True)
     out, lse = torch.full_like(sm90, torch.nan), torch.full_like(sm90_lse, torch.nan)
-    _launch_sm80([*case, out, lse], _Sizes(shape_of(case), DTYPE_CODES[dtype]), case.q.shape[3] ** -0.5)
+    launch(extension, out, lse, *case, case.q.shape[3] ** -0.5, extension.AttendOptions(kernel="sm80"))
     assert (sm90.double() - out.double()).norm() < 2 * torch.finfo(dtype).eps * out.double().norm()
     torch.testing.assert_close(sm90_lse, lse, atol=1e-4, rtol=1e-5)

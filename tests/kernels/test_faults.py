@@ -87,10 +87,10 @@ FAULTS = {
         "a.last[sample * a.last_stride], a.count)",
         "a.last[sample * a.last_stride] + 1, a.count)",
     ),
-    "retrieve: counter not set back": (
+    "retrieve: counters not cleared": (
         run_retrieve,
-        "cuda/retrieve.cuh",
-        "if (lane == 0) a.finished_blocks[sample] = 0;",
+        "cuda/retrieve.cu",
+        "clear(workspace, counter_bytes(a.batch), stream);",
         "",
     ),
     "attend: no barrier before K is read": (run_attend, SM80, "__syncthreads();  // K is there", "// K is there"),

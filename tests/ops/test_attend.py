@@ -156,6 +156,23 @@ def test_without_pages(device: torch.device) -> None:
     assert (ops.attend(*empty) == 0).all()
 
 
+@pytest.mark.parametrize("tokens", [24, 80])
+def test_without_a_pool(device: torch.device, tokens: int) -> None:
+    """No pages are no entries, whatever the table says."""
+    case = make_case(device, torch.bfloat16, tokens=tokens)
+    case = case._replace(k_pages=case.k_pages[:0], v_pages=case.v_pages[:0])
+    out, lse = ops.attend(*case, return_lse=True)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("tokens", [24, 80])
+@pytest.mark.parametrize("empty", [{"batch": 0}, {"frames": 0}, {"heads": 0}])
+def test_without_queries(device: torch.device, empty: dict[str, int], tokens: int) -> None:
+    case = make_case(device, torch.bfloat16, tokens=tokens, **empty)
+    out, lse = ops.attend(*case, return_lse=True)
+    assert out.shape == case.q.shape and out.numel() == 0 and lse.shape == case.q.shape[:3]
+
+
 def test_large_scores(device: torch.device) -> None:
     """Scores in the thousands, where a softmax that did not take the maximum off would overflow."""
     case = make_case(device, torch.bfloat16, tokens=70, entries=2)

@@ -153,6 +153,26 @@ def test_weight_and_rotation_at_any_address(device: torch.device, dtype: torch.d
     assert torch.equal(pages[0], pages[2])
 
 
+@pytest.mark.parametrize("shape", [(0, 1, 4, 2, 64), (1, 0, 4, 2, 64), (1, 1, 4, 0, 64)])
+def test_nothing_to_insert(device: torch.device, shape: tuple[int, ...]) -> None:
+    batch, frames, tokens, heads, head_dim = shape
+    k = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+    pages = poisoned(2, 1, heads, tokens, head_dim, dtype=k.dtype, device=device)
+    slots = torch.zeros(batch, frames, dtype=torch.int32, device=device)
+    out = ops.insert(k, k, None, torch.zeros(tokens, 0, 2, device=device), *pages, slots, q=k)
+    assert out is not None and out.shape == (batch, frames * tokens, heads, head_dim) and pages.isnan().all()
+
+
+def test_heads_of_no_dimension(device: torch.device) -> None:
+    """The operation itself, whose caller checks strides that such a tensor has not."""
+    k = torch.zeros(1, 1, 4, 2, 0, dtype=torch.bfloat16, device=device)
+    pages = torch.zeros(2, 1, 2, 4, 0, dtype=k.dtype, device=device)
+    slots = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    rotation = torch.zeros(4, 0, 2, device=device)
+    out = torch.ops.longlive_rag.insert(k, k, None, rotation, pages[0], pages[1], slots, EPS, k, None)
+    assert out.shape == (1, 4, 2, 0)
+
+
 def test_a_frame_does_not_depend_on_its_batch(device: torch.device) -> None:
     torch.manual_seed(1)
     k = torch.randn(3, 2, 6, 4, 64).to(device, torch.bfloat16)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 import longlive_rag
-from longlive_rag.native import cuda_status, kernels
+from longlive_rag.native import cuda_status
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,5 @@ class Info:
             print(f"GPU            {torch.cuda.get_device_name()}")
         else:
             print(f"GPU            not used: {status.reason}")
-            if kernels() is None or not torch.cuda.is_available():
-                print("               The PyTorch implementation is used instead; it gives the same results.")
-            else:
-                print("               Work on the CPU is possible, with the PyTorch implementation.")
+            print("               The PyTorch implementation is used instead; it gives the same results.")
         return 0
