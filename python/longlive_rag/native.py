@@ -84,7 +84,7 @@ def driver_version() -> int:
 
 
 def driver_is_too_old() -> bool:
-    """Whether there is a driver, but of an older major version than the kernels' CUDA; within one, CUDA is compatible."""
+    """Whether there is a driver, but for an older major version of CUDA than the kernels were built with."""
     module = kernels()
     return module is not None and 0 < driver_version() < 1000 * int(module.cuda_version.split(".")[0])
 
