@@ -12,7 +12,7 @@ from longlive_rag.native import cuda_status
 from support import emulated
 
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
-EVERYWHERE = ["reference", "emulated", "emulated-reverse", CUDA]
+EVERYWHERE: list[object] = ["reference", "emulated", "emulated-reverse", CUDA]
 HOPPER = ["emulated-sm90", "emulated-sm90-reverse"]
 """Where frames have fewer tokens than the kernel for Hopper takes, these run the other one, as a GPU does."""
 
@@ -23,7 +23,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" not in metafunc.fixturenames or "device" in chosen:
         return
     if metafunc.definition.get_closest_marker("cuda"):
-        backends = [CUDA]
+        backends: list[object] = [CUDA]
     elif metafunc.module.__name__.endswith("test_attend"):
         backends = [*EVERYWHERE, *HOPPER]
     else:
