@@ -70,6 +70,17 @@ def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
     return capability >= built_for
 
 
+def extension() -> ModuleType | None:
+    """The extension module, whatever it was built with; None if it cannot be imported."""
+    return _load()[0]
+
+
+def driver_version() -> int:
+    """Newest CUDA version that the driver supports, such as 13000; 0 without a driver or without CUDA compiled in."""
+    module = extension()
+    return module.cuda_driver_version() if module is not None and module.cuda_version else 0
+
+
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
     try:
