@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def _insert_cases(device: torch.device, thorough: bool) -> Iterator[Case]:
     shapes = [(2, 2, 15, 3, 64), (1, 3, 24, 2, 128)] + [(1, 3, 1560, 12, 128), (1, 3, 880, 24, 128)] * thorough
     for shape in shapes:
         for dtype in (*HALF, torch.float32):
-            yield Case(f"insert {_text(shape, dtype)}", lambda shape=shape, dtype=dtype: _insert(shape, dtype, device))
+            yield Case(f"insert {_text(shape, dtype)}", partial(_insert, shape, dtype, device))
 
 
 def _insert(shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
@@ -71,9 +72,7 @@ def _retrieve_cases(device: torch.device, thorough: bool) -> Iterator[Case]:
     shapes = [(1, 5, 16, 6), (3, 1000, 64, 6), (2, 300, 1024, 64)] + [(1, 100_000, 1024, 6)] * thorough
     for shape in shapes:
         for dtype in (torch.float32, *HALF):
-            yield Case(
-                f"retrieve {_text(shape, dtype)}", lambda shape=shape, dtype=dtype: _retrieve(shape, dtype, device)
-            )
+            yield Case(f"retrieve {_text(shape, dtype)}", partial(_retrieve, shape, dtype, device))
 
 
 def _retrieve(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
@@ -104,7 +103,7 @@ def _attend_cases(device: torch.device, thorough: bool) -> Iterator[Case]:
     shapes += [(1, 3, 1560, 12, 128, 12), (2, 3, 880, 24, 128, 12), (1, 3, 3600, 3, 128, 12)] * thorough
     for shape in shapes:
         for dtype in HALF:
-            yield Case(f"attend {_text(shape, dtype)}", lambda shape=shape, dtype=dtype: _attend(shape, dtype, device))
+            yield Case(f"attend {_text(shape, dtype)}", partial(_attend, shape, dtype, device))
 
 
 def _attend(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[float, float]:
