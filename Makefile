@@ -1,6 +1,7 @@
 # make demo    set everything up and generate the demo's videos into demo_output/
 # make test    set everything up and run the tests
-# make lint    formatting, lint and types
+# make test-anywhere    run the numerical tests again, with the plainest kernels that PyTorch has for this CPU
+# make lint    formatting, lint, types and spelling
 # make wheel   a wheel in dist/, with the CUDA kernels if nvcc is found (LONGLIVE_RAG_CUDA=ON: or fail)
 #
 # PYTHON: the interpreter to set up with, 3.10 to 3.13.     TORCH: what to install as torch, as for pip.
@@ -15,8 +16,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.h %.cuh %.cpp %.cu,$(shell find csrc tests -type f))
+NUMERICAL_TESTS := $(addprefix tests/,backbones embedding engine generation golden models ops)
 
-.PHONY: demo test lint wheel clean
+.PHONY: demo test test-anywhere lint wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/longlive-rag demo --output demo_output
@@ -24,11 +26,20 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# No vector instructions beyond SSE in PyTorch, oneDNN and MKL, and one thread: sums in another order than usual.
+test-anywhere: export ATEN_CPU_CAPABILITY = default
+test-anywhere: export ONEDNN_MAX_CPU_ISA = SSE41
+test-anywhere: export MKL_CBWR = COMPATIBLE
+test-anywhere: export OMP_NUM_THREADS = 1
+test-anywhere: $(VENV)/installed
+	$(BIN)/python -m pytest -k "not emulated" $(NUMERICAL_TESTS) $(PYTEST_ARGS)
+
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	$(BIN)/typos
 
 wheel: $(BIN)/python
 	$(PIP) wheel --no-deps --wheel-dir dist .

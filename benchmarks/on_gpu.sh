@@ -41,12 +41,12 @@ step "tests on the GPU" timeout 240 "$python" -m pytest -q -m cuda tests
 step memcheck sanitize memcheck
 step racecheck sanitize racecheck
 name=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | tr 'A-Z ' 'a-z_')
-for benchmark in insert retrieve attend layer block; do
+for benchmark in insert retrieve attend layer block encoder; do
   step "benchmark $benchmark" timeout 120 "$python" -m longlive_rag bench "$benchmark" \
     --json "$results/${benchmark}_$name.json" --plot "$results/${benchmark}_$name.png"
 done
 if [ "$architecture" = 90a ]; then
-  step "attend on Hopper" timeout 300 "$python" benchmarks/attend_sweep.py --json "$results/attend_sweep_$name.json"
+  step "attend on Hopper" timeout 300 "$python" -m longlive_rag bench attend --sweep --json "$results/attend_sweep_$name.json"
 fi
 echo "=== $failed steps failed"
 exit "$failed"

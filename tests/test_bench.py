@@ -4,21 +4,27 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from longlive_rag import cli
+from longlive_rag import cli, ops
+from longlive_rag.bench import attend, attend_sweep, common, encoder, retrieve
 from longlive_rag.native import cuda_status
 
+without_gpu = pytest.mark.skipif(
+    cuda_status().available, reason="takes minutes on a GPU, where benchmarks/on_gpu.sh runs it"
+)
 
-@pytest.mark.skipif(cuda_status().available, reason="takes minutes on a GPU, where benchmarks/on_gpu.sh runs it")
+
+@without_gpu
 def test_bench_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results, picture = tmp_path / "results.json", tmp_path / "results.png"
-    status = cli.main(["bench", "retrieve", "layer", "--json", str(results), "--plot", str(picture)])
-    assert status == 0 and picture.stat().st_size > 1000
+    assert cli.main(["bench", "--json", str(results), "--plot", str(picture)]) == 0
+    assert picture.stat().st_size > 1000
     assert "no measure of them" in capsys.readouterr().out
     written = json.loads(results.read_text())
     assert written["machine"]["device"].startswith("CPU")
     operations = [row["operation"] for row in written["rows"]]
-    assert operations == ["retrieve", "retrieve", "layer"]
+    assert operations == ["insert", "retrieve", "retrieve", "attend", "layer", "block", "encoder", "encoder"]
     for row in written["rows"]:
         assert row["ours"] > 0 and all(ratio > 0 for ratio in row["faster_than"].values())
 
@@ -28,3 +34,89 @@ def test_output_that_cannot_be_written_is_told_before_measuring(
 ) -> None:
     assert cli.main(["bench", "insert", "--json", str(tmp_path / "missing" / "results.json")]) == 2
     assert "missing" in capsys.readouterr().err
+
+
+def test_rows_survive_a_case_that_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large() -> common.Row:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    row = common.Row("retrieve", "small", 1e-3)
+    monkeypatch.setattr(retrieve, "cases", lambda machine: {"small": lambda: row, "large": too_large})
+    monkeypatch.setattr(common.Machine, "facts", lambda self: {"kernels": "CUDA"})
+    results = tmp_path / "results.json"
+    assert cli.main(["bench", "retrieve", "--json", str(results)]) == 0
+    assert "for lack of GPU memory: retrieve: large" in capsys.readouterr().out
+    written = json.loads(results.read_text())
+    assert [row["case"] for row in written["rows"]] == ["small"]
+    assert written["out_of_memory"] == ["retrieve: large"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["attend", "--sweep"], "compute capability 9.0"), (["insert", "--sweep"], "got insert")]
+)
+@without_gpu
+def test_a_sweep_needs_a_hopper_gpu_and_attend(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert cli.main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_every_variant_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sweep's own code, on a CPU, with the reference in place of the kernels that it forces."""
+
+    def launch(
+        variant: attend_sweep.Variant, arguments: attend.Arguments, out: torch.Tensor, lse: torch.Tensor
+    ) -> None:
+        launched.append(variant)
+        for buffer, result in zip((out, lse), ops.attend(*arguments, return_lse=True), strict=True):
+            buffer.copy_(result)
+
+    launched: list[attend_sweep.Variant] = []
+    tiny = attend.Sizes(1, 64, 6, 1, 2, goal_rate=1e12, goal_ratio=1.1)
+    monkeypatch.setattr(common.Machine, "hopper", True)
+    monkeypatch.setattr(attend_sweep, "launch", launch)
+    for name, value in {"WAN_1_3B": tiny, "SWEPT": [tiny], "FIGURES": [tiny]}.items():
+        monkeypatch.setattr(attend_sweep, name, value)
+    machine = common.Machine(torch.device("cpu"))
+    figure, variants, rotation = (measure() for measure in attend_sweep.cases(machine).values())
+    assert set(launched) == {*attend_sweep.VARIANTS, attend_sweep.SM80}
+    assert set(variants.peers) == set(map(str, launched))
+    assert figure.goal is not None and figure.goal <= tiny.work / 1e12
+    assert rotation.goal is not None and rotation.limit is not None and rotation.goal > rotation.limit
+
+
+def test_table_tells_goals_reached_from_missed() -> None:
+    rows = [
+        common.Row("encoder", "fast", 4e-4, goal=5e-4),
+        common.Row("encoder", "slow", 6e-4, goal=5e-4, peers={"other": 3e-4, "absent": None}),
+    ]
+    header, fast, slow = common.table(rows).splitlines()
+    assert "goal" in header and "500.0 us, reached" in fast and "500.0 us, missed" in slow
+    assert "other 300.0 us (0.50x), absent -" in slow
+
+
+def test_arguments_of_attend_are_what_the_operation_takes() -> None:
+    sizes = attend.Sizes(2, 64, 6, 2, 3, batch=2)
+    arguments = attend.random_arguments(sizes, torch.float32, torch.device("cpu"))
+    assert ops.attend(*arguments).shape == arguments.q.shape
+    for sample in range(2):
+        assert len(set(arguments.slots[sample].tolist())) == 3
+    assert arguments.query_position.tolist() == [[1, 2], [1, 2]]
+    q, k, v = attend._gather(arguments)
+    page = arguments.slots[1, 2]
+    assert q.shape == (2, 2, 12, 64)
+    assert torch.equal(k[1, :, 12:], arguments.k_pages[page]) and torch.equal(v[1, :, 12:], arguments.v_pages[page])
+
+
+def test_work_of_the_encoder_is_what_torch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from longlive_rag.embedding import LatentAutoencoder
+
+    counter = FlopCounterMode(display=False)
+    with torch.device("meta"), counter:
+        LatentAutoencoder().embed(torch.zeros(encoder.FRAMES, encoder.CHANNELS, encoder.HEIGHT, encoder.WIDTH))
+    assert encoder.encoder_flops() == counter.get_total_flops()

@@ -5,17 +5,21 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 import longlive_rag
 from longlive_rag import cli
+from longlive_rag.commands.info import EXTRAS, extra_steps, gpu_steps
+from longlive_rag.options import Parser, options_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def fake_command(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("fake_command")
     module.Fake = Fake  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fake_command", module)
-    monkeypatch.setitem(cli.COMMANDS, "fake", cli.Command("fake_command", "Fake", "for the tests"))
+    monkeypatch.setitem(cli.COMMANDS, "fake", cli.Command("fake_command", "Fake", "for the tests", "measure"))
 
 
 def run(*arguments: str, timeout: float = 120, **options: object) -> subprocess.CompletedProcess[str]:
@@ -65,13 +69,26 @@ def test_runs_the_chosen_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "ran 3\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["-h"], []])
+@pytest.mark.parametrize("arguments", [["--help"], ["-h"]])
 def test_help_lists_every_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
     for name, command in cli.COMMANDS.items():
         assert f"  {name} " in out
         assert command.summary in out
+        assert f"\n{command.purpose}:\n" in out
+    assert "--print-completion" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_alone_it_greets_with_three_commands_to_begin_with(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("  longlive-rag")]
+    assert [words[1] for words in lines] == ["info", "demo", "generate"]
+    for _program, name, *words in lines:
+        parser = Parser(cli.COMMANDS[name].load(), name)
+        if words[0] == "--output":
+            parser.parse_command(words[:2])
 
 
 def test_help_of_a_command_shows_its_options(capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,11 +109,18 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "says"),
     [
         ("nope", "longlive-rag: unknown command 'nope'; expected one of "),
-        ("fake", "longlive-rag fake: missing --count INT"),
-        ("fake --count", "longlive-rag fake: missing value for argument '--count'"),
-        ("fake --count two", "longlive-rag fake: error parsing --count: invalid literal for int() with base 10: 'two'"),
+        ("genrate", "longlive-rag: unknown command 'genrate'; did you mean generate? (see longlive-rag --help)\n"),
+        ("--hlep", "longlive-rag: unknown option '--hlep'; "),
+        ("--print-completion", "longlive-rag: --print-completion must be bash, zsh"),
+        (
+            "run python x.py --config_path y",
+            "longlive-rag run: unknown option --config-path; what belongs to the command",
+        ),
+        ("fake", "longlive-rag fake: missing --count N (see longlive-rag fake --help)\n"),
+        ("fake --count", "longlive-rag fake: --count: expected one argument (see longlive-rag fake --help)\n"),
+        ("fake --count two", "longlive-rag fake: --count must be an integer, got 'two'"),
         ("fake --count 0", "count must be at least 1, got 0"),
-        ("fake --count 1 --cuont 2", "longlive-rag fake: unrecognized options: --cuont, 2"),
+        ("fake --count 1 --cuont 2", "longlive-rag fake: unknown option --cuont; did you mean --count?"),
         ("fake --count 1 --fail value", "longlive-rag fake: frames must be a multiple of 3, got 4\n"),
         ("fake --count 1 --fail type", "longlive-rag fake: dtype must be float32, got int64\n"),
         ("fake --count 1 --fail file", "longlive-rag fake: weights.safetensors: No such file or directory\n"),
@@ -110,20 +134,106 @@ def test_wrong_use_is_one_line_and_status_two(arguments: str, says: str, capsys:
     assert says in captured.err
     assert captured.err.startswith("longlive-rag")
     assert captured.err.count("\n") == 1
-    assert captured.err.isascii(), "nothing of the box that tyro draws may be left"
 
 
-def test_a_misspelt_option_is_met_with_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["fake", "--count", "1", "--fial", "value"]) == 2
-    assert "perhaps you meant: --fail STR" in capsys.readouterr().err
+REAL_COMMANDS = [name for name in cli.COMMANDS if name != "fake"]
 
 
-def test_a_complaint_in_a_frame_is_condensed_too() -> None:
-    done = run("info", "--jsn", env={**os.environ, "PYTHONIOENCODING": "utf-8", "COLUMNS": "40"})
-    assert done.returncode == 2
-    assert done.stderr == (
-        "longlive-rag info: unrecognized options: --jsn; perhaps you meant: --json (see longlive-rag info --help)\n"
-    )
+def wrong_uses(name: str) -> list[list[str]]:
+    """For each option of a command a value it cannot have; an unknown option; nothing where something is required."""
+    options = list(options_of(cli.COMMANDS[name].load()))
+    wrong = [["--no-such-option"], ["--no-such-option=1"]]
+    for option in options:
+        flag = [] if option.positional else [option.name]
+        if option.choices:
+            wrong.append([*flag, "no-such-choice"])
+        elif option.kind in (int, float):
+            wrong.append([*flag, "many"])
+        if flag and option.kind is not bool and not option.many:
+            wrong.append(flag)
+    required = [option for option in options if option.required]
+    if required:
+        wrong.append([])
+    # Nothing else may be wrong, or that would be told.
+    given = [word for option in required for word in (option.name, option.choices[0] if option.choices else "x")]
+    return [words if not words else [*given, *words] for words in wrong]
+
+
+@pytest.mark.parametrize("name", REAL_COMMANDS)
+def test_wrong_use_of_every_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in wrong_uses(name):
+        assert cli.main([name, *words]) == 2, words
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith(f"longlive-rag {name}: ")
+        assert captured.err.endswith(f" (see longlive-rag {name} --help)\n")
+        assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", REAL_COMMANDS)
+def test_help_of_every_command(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = cli.COMMANDS[name].load()
+    for columns in (80, 120):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        text = Parser(command, f"longlive-rag {name}").format_help()
+        assert max(map(len, text.splitlines())) <= min(columns, 100)
+        assert text.isascii()
+        assert "None" not in text
+    for option in options_of(command):
+        assert option.help, f"{option.name} has no help"
+        assert f"  {option.values if option.positional else option.name}" in text
+
+
+@pytest.mark.parametrize("name", REAL_COMMANDS)
+def test_every_option_is_in_a_group_if_there_are_groups(name: str) -> None:
+    command = cli.COMMANDS[name].load()
+    grouped = [each for names in getattr(command, "groups", {}).values() for each in names]
+    options = [option for option in options_of(command) if not option.positional]
+    assert len(set(grouped)) == len(grouped)
+    for each in grouped:
+        assert any(each in option.path for option in options), f"{each} is no option of {name}"
+    if grouped:
+        for option in options:
+            assert set(option.path) & set(grouped), f"{option.name} is in no group"
+
+
+@pytest.mark.parametrize("name", REAL_COMMANDS)
+def test_the_examples_of_every_command_can_be_typed(name: str) -> None:
+    command = cli.COMMANDS[name].load()
+    text = Parser(command, f"longlive-rag {name}").format_help()
+    lines = text.partition("examples:\n")[2].replace("\\\n", " ").splitlines()
+    assert lines, f"{name} has no example"
+    for line in lines:
+        words = shlex.split(line)
+        start = words.index("longlive-rag")
+        assert words[start + 1] == name
+        assert isinstance(Parser(command, name).parse_command(words[start + 2 :]), command)
+
+
+def test_a_dumb_terminal_gets_plain_text() -> None:
+    environment = {**os.environ, "TERM": "dumb", "FORCE_COLOR": "1", "COLUMNS": "80", "PYTHONIOENCODING": "ascii"}
+    done = run("demo", "--help", env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\x1b" not in done.stdout
+    assert "--output FOLDER (required)" in done.stdout
+
+
+def test_help_is_no_error_for_a_reader_that_leaves_early() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "longlive_rag", "demo", "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert done.stderr == ""
+    # Without a buffer (PYTHONUNBUFFERED) it is argparse that writes in vain, and says nothing.
+    assert done.returncode in (0, 128 + signal.SIGPIPE)
+
+
+def test_completion_knows_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--print-completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    for word in ("generate", "--wan-dir", "--context-frames", "small-world", "--segment-frames"):
+        assert word in script
 
 
 def test_an_interrupt_is_one_line_and_status_130(capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,8 +265,17 @@ def test_every_listed_command_can_be_imported() -> None:
         assert options.__doc__, f"{name} has no help"
 
 
-def test_help_does_not_wait_for_torch() -> None:
-    probe = "import sys; from longlive_rag.cli import main; main(['--help']); print('torch' in sys.modules)"
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["genrate"], ["info", "--help"], ["demo", "--help"]])
+def test_help_does_not_wait_for_torch(arguments: list[str]) -> None:
+    probe = f"""
+import sys
+from longlive_rag.cli import main
+try:
+    main({arguments})
+except SystemExit:
+    pass
+print('torch' in sys.modules)
+"""
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines()[-1] == "False"
 
@@ -179,3 +298,42 @@ def test_info_as_text_gives_the_reason_why_no_gpu_is_used() -> None:
     assert facts["torch"] in text
     if not facts["cuda"]["available"]:
         assert facts["cuda"]["reason"] in text
+
+
+def test_info_says_what_to_do_about_what_is_missing() -> None:
+    facts = json.loads(run("info", "--json").stdout)
+    text = run("info").stdout
+    missing = [package for package in EXTRAS if importlib.util.find_spec(package) is None]
+    assert ("What to do next:" in text) == bool(missing or not facts["cuda"]["available"])
+    if not facts["cuda"]["available"]:
+        assert "longlive-rag demo --output demo" in text
+    for package in missing:
+        assert f"pip install 'longlive_rag[{EXTRAS[package]}]'" in text
+
+
+@pytest.mark.parametrize(
+    ("situation", "command"),
+    [
+        ({"importable": False, "built": False}, "pip install --force-reinstall --no-deps ."),
+        ({"built": False}, "LONGLIVE_RAG_CUDA=ON pip install --force-reinstall --no-deps ."),
+        ({"torch_has_cuda": False}, "--index-url https://download.pytorch.org/whl/cu"),
+        ({"driver_fits": False}, "CUDACXX="),
+        ({"capability": None}, "nvidia-smi"),
+        ({"capability": (10, 3)}, "CUDAARCHS=103-real LONGLIVE_RAG_CUDA=ON pip install"),
+    ],
+)
+def test_the_next_step_towards_a_gpu(situation: dict[str, Any], command: str) -> None:
+    fine = {"importable": True, "built": True, "torch_has_cuda": True, "driver_fits": True, "capability": (9, 0)}
+    (step,) = gpu_steps(**{**fine, **situation})
+    assert command in step.command
+
+
+def test_a_gpu_too_old_for_the_kernels_is_not_rebuilt_for() -> None:
+    assert not gpu_steps(importable=True, built=True, torch_has_cuda=True, driver_fits=True, capability=(7, 5))
+
+
+def test_each_extra_is_named_once() -> None:
+    assert [step.command for step in extra_steps(["ftfy", "diffusers", "tensorboard"])] == [
+        "pip install 'longlive_rag[wan]'",
+        "pip install 'longlive_rag[tensorboard]'",
+    ]

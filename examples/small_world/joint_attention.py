@@ -18,7 +18,7 @@ class JointAttention:
 
     Args:
         context: int64 [chunks, frames, columns], frames of the chunk that each frame sees.
-        distance: int64, same shape: temporal position of the frame less that of the entry.
+        distance: int64, same shape: temporal position of the frame minus that of the entry.
         used: bool, same shape.
         spatial: `rotary.spatial_rotation` of the token grid.
         frequencies: `rotary.temporal_frequencies` of the heads.

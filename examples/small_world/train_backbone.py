@@ -1,7 +1,10 @@
-"""Trains the small world's backbone: ``python -m longlive_rag.small_world.train_backbone``, about an hour on one CPU core.
+"""Train the small world's backbone; about an hour on one CPU core.
 
-Teacher forcing over chunks of 16 frames: each frame has one clean stream (timestep 0) and two noisy ones, and all of
-them attend to exactly what the frame would find in a cached roll-out (`JointAttention`).
+    python examples/small_world/train_backbone.py --output FOLDER
+
+leaves FOLDER/backbone.safetensors, and FOLDER/backbone.state for --resume. Teacher forcing over chunks of 16 frames:
+each frame has one clean stream (timestep 0) and two noisy ones, and all of them attend to exactly what the frame would
+find in a cached roll-out (`JointAttention`).
 """
 
 from __future__ import annotations
@@ -17,27 +20,29 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import training_data
+from joint_attention import JointAttention
 from longlive_rag import rotary
-from longlive_rag.small_world import training_data
-from longlive_rag.small_world.backbone import ASSETS, Backbone, load_codec
-from longlive_rag.small_world.joint_attention import JointAttention
-from longlive_rag.small_world.training_data import Batch, LatentWorld
-from longlive_rag.files import atomic_path
+from longlive_rag.files import atomic_path, load_checkpoint, output_folder
+from longlive_rag.small_world.backbone import ASSETS, SmallBackbone, load_codec
+from training_data import Batch, LatentWorld
 
 WARM_UP = 100  # steps
 SAVE_EVERY = 120  # seconds
 EMA_DECAY = 0.998
 
 
-class Trainer:
-    """The model, its moving average and its optimizer. `elapsed` is the training time in seconds, which the learning
-    rate follows: whatever the machine, the run ends on time."""
+class BackboneTrainer:
+    """The model, its moving average and its optimiser.
+
+    `elapsed` is the training time in seconds. The learning rate follows it, so that a run ends on time on any machine.
+    """
 
     def __init__(self, minutes: float, learning_rate: float, seed: int) -> None:
         torch.manual_seed(seed)
         self.minutes, self.learning_rate, self.seed = minutes, learning_rate, seed
         self.step, self.elapsed = 0, 0.0
-        self.model = Backbone()
+        self.model = SmallBackbone()
         self.average = {name: value.clone() for name, value in self.model.state_dict().items()}
         named = dict(self.model.named_parameters())
         decayed = [name for name, value in named.items() if value.ndim >= 2 and name != "prompts"]
@@ -50,7 +55,7 @@ class Trainer:
         self.spatial = rotary.spatial_rotation(*self.model.token_grid(8, 8), head_dim)
         self.frequencies = rotary.temporal_frequencies(head_dim)
         self.compiled_loss = torch.compile(self.loss, dynamic=False)
-        self.compiled = False  # the first step compiles; that is no training
+        self.compiled = False  # the first step compiles, and its time does not count
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Weighted mean square error of the clean prediction, and the error of each noisy frame."""
@@ -63,7 +68,7 @@ class Trainer:
         return error.mean(), error.detach().mean(dim=(3, 4, 5))
 
     def rate(self) -> float:
-        """Factor of the learning rate: linear warm-up, then a cosine over the time there is."""
+        """Factor of the learning rate: linear warm-up, then a cosine over `minutes`."""
         part = min(1.0, self.elapsed / (60 * self.minutes))
         return min(1.0, (self.step + 1) / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * part)) + 0.005
 
@@ -87,7 +92,7 @@ class Trainer:
         return loss.item(), errors
 
     def save(self, path: Path) -> None:
-        """The average at `path` in half precision, all that resuming needs beside it."""
+        """Write the average to `path` in half precision, and what resuming needs beside it."""
         with atomic_path(path) as partial:
             save_file({name: value.half().contiguous() for name, value in self.average.items()}, partial)
         state = {
@@ -101,7 +106,7 @@ class Trainer:
             torch.save(state, partial)
 
     def resume(self, path: Path) -> None:
-        state = torch.load(path.with_suffix(".state"), weights_only=True)
+        state = load_checkpoint(path.with_suffix(".state"))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average, self.step, self.elapsed = state["average"], state["step"], state["elapsed"]
@@ -109,19 +114,25 @@ class Trainer:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--codec", type=Path, default=ASSETS / "codec.safetensors")
-    parser.add_argument("--output", type=Path, default=ASSETS / "backbone.safetensors")
-    parser.add_argument("--minutes", type=float, default=60.0, help="the learning rate falls over this time")
-    parser.add_argument("--chunks", type=int, default=8, help="in a batch")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for the weights; created if missing")
+    parser.add_argument(
+        "--codec",
+        type=Path,
+        default=ASSETS / "codec.safetensors",
+        help="weights of the codec; default bundled",
+    )
+    parser.add_argument("--minutes", type=float, default=60.0, help="training time; default 60")
+    parser.add_argument("--chunks", type=int, default=8, help="chunks in a batch; default 8")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from the state beside the output")
+    parser.add_argument("--resume", action="store_true", help="continue the training in the folder")
     options = parser.parse_args()
 
-    trainer = Trainer(options.minutes, options.learning_rate, options.seed)
+    weights = output_folder(options.output) / "backbone.safetensors"
+    trainer = BackboneTrainer(options.minutes, options.learning_rate, options.seed)
     if options.resume:
-        trainer.resume(options.output)
+        trainer.resume(weights)
     generator = np.random.default_rng([options.seed, trainer.step])
     latent_world = LatentWorld(load_codec(options.codec))
     saved = time.monotonic()
@@ -138,9 +149,9 @@ def main() -> None:
             print(f"step {trainer.step} minutes {trainer.elapsed / 60:.2f} loss {loss:.4f} {levels}", flush=True)
             by_level.clear()
         if time.monotonic() - saved > SAVE_EVERY:
-            trainer.save(options.output)
+            trainer.save(weights)
             saved = time.monotonic()
-    trainer.save(options.output)
+    trainer.save(weights)
 
 
 if __name__ == "__main__":

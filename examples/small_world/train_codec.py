@@ -1,4 +1,9 @@
-"""Trains the small world's codec: ``python -m longlive_rag.small_world.train_codec``, a few minutes on one CPU core."""
+"""Train the small world's codec; a few minutes on one CPU core.
+
+    python examples/small_world/train_codec.py --output FOLDER
+
+leaves FOLDER/codec.safetensors.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +17,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from longlive_rag.files import atomic_path, output_folder
 from longlive_rag.small_world import world
 from longlive_rag.small_world.codec import Codec, to_signal
+
+MEASURED_FRAMES, MEASURED_SEED = 400, 99
 
 
 def sample_frames(generator: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -24,7 +32,7 @@ def sample_frames(generator: np.random.Generator, count: int) -> tuple[np.ndarra
 
 
 def sprite_weight(views: np.ndarray, weight: float) -> torch.Tensor:
-    """[N, 1, SIZE, SIZE]: `weight` where an inhabitant may stand, 1 elsewhere: they are what must be remembered."""
+    """[N, 1, SIZE, SIZE]: `weight` where an inhabitant may stand, since they must be remembered; 1 elsewhere."""
     mask = np.ones((len(views), 1, world.SIZE, world.SIZE), np.float32)
     for index, view in enumerate(views):
         for x, y in world.SPOTS:
@@ -35,7 +43,7 @@ def sprite_weight(views: np.ndarray, weight: float) -> torch.Tensor:
 
 
 def train(steps: int, batch: int, learning_rate: float, latent_noise: float, seed: int) -> Codec:
-    """Mean square error under latent noise, AdamW, cosine schedule."""
+    """Train with the mean square error under latent noise, AdamW and a cosine schedule."""
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
     codec = Codec()
@@ -59,14 +67,15 @@ def train(steps: int, batch: int, learning_rate: float, latent_noise: float, see
     return codec.eval()
 
 
-def measure(codec: Codec, noise: float, frames_count: int = 400, seed: int = 99) -> tuple[float, float]:
+def measure(codec: Codec, noise: float) -> tuple[float, float]:
     """PSNR in dB, and the share of sprites that still decode, under latent noise of this standard deviation."""
-    generator = np.random.default_rng(seed)
-    views = generator.integers(0, world.VIEWS, frames_count)
-    cast = world.draw_cast(generator, frames_count)
-    frames = world.render(views, generator.integers(0, world.PHASES, frames_count), cast)
+    generator = np.random.default_rng(MEASURED_SEED)
+    views = generator.integers(0, world.VIEWS, MEASURED_FRAMES)
+    cast = world.draw_cast(generator, MEASURED_FRAMES)
+    frames = world.render(views, generator.integers(0, world.PHASES, MEASURED_FRAMES), cast)
     latents = codec.encode(frames)
-    recon = codec.decode(latents + noise * torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)))
+    noises = torch.randn(latents.shape, generator=torch.Generator().manual_seed(MEASURED_SEED))
+    recon = codec.decode(latents + noise * noises)
     error = np.square(recon.astype(np.float64) - frames).mean()
     decoded, _ = world.decode(recon, views)
     seen = decoded >= 0
@@ -74,22 +83,21 @@ def measure(codec: Codec, noise: float, frames_count: int = 400, seed: int = 99)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "assets" / "codec.safetensors")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for the weights; created if missing")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--latent-noise", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    output = output_folder(options.output)
     codec = train(options.steps, options.batch, options.learning_rate, options.latent_noise, options.seed)
     for noise in (0.0, 0.1, 0.3, 0.5):
         psnr, accuracy = measure(codec, noise)
         print(f"latent noise {noise}: {psnr:.2f} dB, identity {accuracy:.4f}")
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = options.output.with_suffix(".partial")
-    save_file({name: value.contiguous() for name, value in codec.state_dict().items()}, temporary)
-    temporary.replace(options.output)
+    with atomic_path(output / "codec.safetensors") as partial:
+        save_file({name: value.contiguous() for name, value in codec.state_dict().items()}, partial)
 
 
 if __name__ == "__main__":

@@ -14,18 +14,23 @@ Entry = tuple[int, int]
 """A video and one of its latent frames."""
 
 
-class FrameBank:
-    """A pool of pages ``[slot, head, token, dim]`` per layer, and the table that says which frame lies where.
+def frame_bytes(*, layers: int, heads: int, tokens: int, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one latent frame of one video takes over all layers."""
+    return 2 * layers * heads * tokens * head_dim * dtype.itemsize
 
-    A page is written while its block is made and then left alone: leaving the window, or being retrieved, changes only
-    tables of a few integers. With a budget, frames that have not been used for longest move to host memory and come
-    back, once per block and for all layers, when they are retrieved.
+
+class FrameBank:
+    """A pool of pages ``[slot, head, token, dim]`` per layer, and the table of which frame is in which slot.
+
+    A page is written while its block is made and then left alone: leaving the window, or being retrieved, only changes
+    tables of a few integers. With a budget, the least recently used frames move to host memory and come back, once per
+    block and for all layers, when they are retrieved.
 
     Args:
         layers, heads, tokens, head_dim: of the backbone; tokens per latent frame.
         batch: videos.
-        capacity: latent frames to allocate at once. The pool doubles when it is full, which copies it once, layer by
-            layer; who knows the length of the video beforehand passes it and no page ever moves.
+        capacity: latent frames to allocate up front. A full pool doubles, which copies it once, layer by layer; pass
+            the length of the video if it is known, and no page ever moves.
         device_frames: at most this many latent frames of each video on the device; None: no limit.
     """
 
@@ -43,6 +48,8 @@ class FrameBank:
         device_frames: int | None = None,
     ) -> None:
         self.batch, self.device_frames = batch, device_frames
+        self.generation = 0
+        """How often the pages have moved to other addresses; CUDA graphs captured before that must not be replayed."""
         frames = capacity if device_frames is None else device_frames
         shape = (frames * batch, heads, tokens, head_dim)
         self.k_pages = [torch.empty(shape, device=device, dtype=dtype) for _ in range(layers)]
@@ -50,7 +57,9 @@ class FrameBank:
         self._free = list(reversed(range(frames * batch)))
         # Least recently used first.
         self._slots: OrderedDict[Entry, int] = OrderedDict()
+        # What the current block writes and sees, and what it has retrieved: these never leave the device.
         self._window: set[Entry] = set()
+        self._fetched: set[Entry] = set()
         self._table = torch.full((batch, capacity), UNUSED, dtype=torch.int32, device=device)
         self._host = HostPages(self.k_pages, self.v_pages)
 
@@ -59,28 +68,30 @@ class FrameBank:
         """Latent frames of each video that the device has room for."""
         return len(self.k_pages[0]) // self.batch
 
-    @property
-    def frame_bytes(self) -> int:
-        """Bytes that one latent frame of one video takes over all layers."""
-        return 2 * len(self.k_pages) * self.k_pages[0][0].nbytes
-
     def reserve(self, written: range, read: Iterable[int]) -> None:
-        """Give every video pages for the frames that a block will write, and have those at hand that it reads."""
-        own = [(video, frame) for video in range(self.batch) for frame in written]
-        self._window = {*own, *((video, frame) for video in range(self.batch) for frame in read)}
+        """Give every video pages for the frames that a block will write, and make the frames it reads resident."""
+        own = self._entries(written)
+        self._window, self._fetched = {*own, *self._entries(read)}, set()
         for entry in own:
             self._host.drop(entry)
         self._occupy([entry for entry in own if entry not in self._slots], self._window)
         self._load(self._window)
 
     def fetch(self, frames: Sequence[Sequence[int]]) -> None:
-        """Have these frames of each video at hand too, in place of those that an earlier call asked for."""
-        chosen = {(video, frame) for video, row in enumerate(frames) for frame in row}
-        self._load(self._window | chosen)
+        """Make these frames of each video resident too, in place of those that an earlier call asked for."""
+        self._fetched = {(video, frame) for video, row in enumerate(frames) for frame in row}
+        self._load(self._window | self._fetched)
+
+    def overwrite(self, frames: Iterable[int]) -> None:
+        """Make these earlier frames resident, as far as they are held: their pages are about to be written again."""
+        held = {entry for entry in self._entries(frames) if entry in self._slots or entry in self._host}
+        self._load(self._window | self._fetched | held)
+        for entry in held:
+            self._host.drop(entry)  # a copy of the old page
 
     def release(self, frame: int) -> None:
         """Forget a frame of every video."""
-        entries = [(video, frame) for video in range(self.batch)]
+        entries = self._entries([frame])
         for entry in entries:
             self._host.drop(entry)
         self._vacate([entry for entry in entries if entry in self._slots])
@@ -95,15 +106,20 @@ class FrameBank:
         self._vacate(list(self._slots))
 
     def close(self) -> None:
-        """Give all memory back. The bank cannot be used again."""
+        """Free all memory. The bank cannot be used again."""
+        self.generation += 1
         self.k_pages.clear()
         self.v_pages.clear()
         self._host = HostPages(self.k_pages, self.v_pages)
 
     def slots(self, frames: Tensor) -> Tensor:
-        """Slot of each frame for each video, int32 like `frames` [B, n] on the bank's device; negative stays unused."""
+        """Slot of each frame for each video, int32 like `frames` [B, n] on the bank's device; negative: unused."""
         slot = self._table.gather(1, frames.clamp(min=0).long())
         return slot.masked_fill(frames < 0, UNUSED)
+
+    def _entries(self, frames: Iterable[int]) -> list[Entry]:
+        """These frames of every video."""
+        return [(video, frame) for frame in frames for video in range(self.batch)]
 
     def _load(self, in_use: set[Entry]) -> None:
         missing = sorted(entry for entry in in_use if entry not in self._slots and entry in self._host)
@@ -131,8 +147,8 @@ class FrameBank:
         idle = [entry for entry in self._slots if entry not in in_use][:count]
         if len(idle) < count:
             raise ValueError(
-                f"device_frames must hold all that a block writes and sees, {len(in_use)} pages for {self.batch} "
-                f"videos, got {self.device_frames} frames for each"
+                f"device_frames must leave room for all that a block uses, {len(in_use)} pages for "
+                f"{self.batch} videos, got {self.device_frames} frames for each"
             )
         for entry in idle:
             self._host.store(entry, self._slots[entry])
@@ -152,6 +168,7 @@ class FrameBank:
         self._table[videos, frames] = values.to(torch.int32)
 
     def _grow(self, capacity: int) -> None:
+        self.generation += 1
         before = len(self.k_pages[0])
         for pools in (self.k_pages, self.v_pages):
             for layer, pool in enumerate(pools):
@@ -162,7 +179,7 @@ class FrameBank:
 
 
 class HostPages:
-    """Pages in host memory: pinned where the device is a GPU, so that copies do not stop it.
+    """Pages in host memory, pinned if the device is a GPU, so that copies do not block it.
 
     All copies run on the current stream, after the kernels that wrote a page and before those that will read it.
     """
@@ -181,7 +198,7 @@ class HostPages:
         return list(self._places)
 
     def store(self, entry: Entry, slot: int) -> None:
-        """Copy a page of every layer from the device, unless its copy is here: a finished page does not change."""
+        """Copy a page of every layer from the device, unless there is one already: writing a page drops its copy."""
         if entry in self._places:
             return
         place = self._places[entry] = self._free.pop() if self._free else self._allocate()
@@ -190,7 +207,7 @@ class HostPages:
                 place[layer, half].copy_(pool[slot], non_blocking=True)
 
     def load(self, entry: Entry, slot: int) -> None:
-        """Copy a page of every layer to the device; the host keeps its own."""
+        """Copy a page of every layer back to the device; the host copy stays."""
         for layer, pools in enumerate(zip(self._k_pages, self._v_pages, strict=True)):
             for half, pool in enumerate(pools):
                 pool[slot].copy_(self._places[entry][layer, half], non_blocking=True)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
+import difflib
 import importlib
-import io
 import os
-import re
 import sys
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import longlive_rag
+from longlive_rag.commands.info import EXTRAS
+from longlive_rag.options import Parser, UsageError, completion_script
 
 PROGRAM = "longlive-rag"
 
@@ -20,29 +20,53 @@ class Command(NamedTuple):
     module: str
     class_name: str
     summary: str
+    purpose: str
+    """Heading that it is listed under."""
+
+    def load(self) -> type:
+        """Import the command, which may take as long as importing torch."""
+        command: type = getattr(importlib.import_module(self.module), self.class_name)
+        return command
 
 
 COMMANDS = {
-    "info": Command("longlive_rag.commands.info", "Info", "versions, and whether a GPU can be used"),
-    "demo": Command("longlive_rag.commands.demo", "Demo", "the same long video under every context policy, on a CPU"),
-    "generate": Command("longlive_rag.commands.generate", "Generate", "long videos from a checkpoint and prompts"),
-    "run": Command("longlive_rag.commands.run", "Run", "a script of your own, with its model patched"),
-    "corpus": Command("longlive_rag.commands.corpus", "Corpus", "latents to train the retrieval autoencoder on"),
-    "train": Command("longlive_rag.commands.train", "Train", "train the retrieval autoencoder"),
-    "evaluate": Command("longlive_rag.commands.evaluate", "Evaluate", "drift of each of several videos"),
-    "bench": Command("longlive_rag.commands.bench", "Bench", "how fast the operations are, and their limits"),
+    "info": Command(
+        "longlive_rag.commands.info", "Info", "what is installed, and whether a GPU can be used", "start here"
+    ),
+    "demo": Command(
+        "longlive_rag.commands.demo", "Demo", "one long video under every context policy, on any machine", "start here"
+    ),
+    "generate": Command(
+        "longlive_rag.commands.generate", "Generate", "long videos from a checkpoint and your prompts", "make videos"
+    ),
+    "run": Command("longlive_rag.commands.run", "Run", "your own inference script, with memory added", "make videos"),
+    "corpus": Command(
+        "longlive_rag.commands.corpus", "Corpus", "latents to train on", "train the retrieval autoencoder"
+    ),
+    "train": Command(
+        "longlive_rag.commands.train", "Train", "train it, or compare trained ones", "train the retrieval autoencoder"
+    ),
+    "evaluate": Command("longlive_rag.commands.evaluate", "Evaluate", "how far videos drift", "measure"),
+    "bench": Command("longlive_rag.commands.bench", "Bench", "how fast the operations run here", "measure"),
 }
 
-# Packages that come with an extra: missing, they are the user's choice and no fault of the installation.
-_EXTRAS = {"diffusers": "wan", "ftfy": "wan", "transformers": "wan", "tensorboard": "tensorboard"}
+_SENTENCE = "Long videos from autoregressive diffusion models, with retrieval memory."
 
+_GREETING = f"""\
+{_SENTENCE}
 
-class _Runnable(Protocol):
-    def run(self) -> int: ...
+Three commands to begin with:
+  {PROGRAM} info                 what is installed, and what is missing
+  {PROGRAM} demo --output demo   a first long video, on any machine
+  {PROGRAM} generate --help      how to make videos from your own prompts
 
+{PROGRAM} --help lists all commands."""
 
-class _UsageError(Exception):
-    """The arguments do not parse; the message is one line."""
+_ALSO = f"""
+also:
+  {PROGRAM} COMMAND --help                  options and examples of a command
+  {PROGRAM} --print-completion bash > FILE  tab completion; also zsh, tcsh
+  {PROGRAM} --version                       the version"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,20 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     2, an interrupt gives 130. Anything else is a fault of this package and keeps its traceback.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    name = arguments[0] if arguments else "--help"
-    if name in ("-h", "--help"):
-        print(_overview())
-        return 0
-    if name == "--version":
-        print(f"{PROGRAM} {longlive_rag.__version__}")
-        return 0
-    if name not in COMMANDS:
-        return _fail(PROGRAM, f"unknown command {name!r}; expected one of {', '.join(COMMANDS)}")
-    program = f"{PROGRAM} {name}"
+    name = arguments[0] if arguments else ""
+    program = f"{PROGRAM} {name}" if name in COMMANDS else PROGRAM
     try:
-        status = _parse(COMMANDS[name], program, arguments[1:]).run()
-        sys.stdout.flush()
-        return status
+        try:
+            return _command(name, program, arguments[1:])
+        finally:
+            sys.stdout.flush()
     except BrokenPipeError:
         # The reader of our output has gone (`longlive-rag ... | head`). Python flushes stdout again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -73,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
-    except _UsageError as error:
+    except UsageError as error:
         return _fail(program, f"{error} (see {program} --help)")
     except OSError as error:
         return _fail(
@@ -82,65 +99,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError) as error:
         return _fail(program, str(error))
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRAS:
+        if error.name not in EXTRAS:
             raise
-        return _fail(program, f"{error.name} is not installed; pip install 'longlive_rag[{_EXTRAS[error.name]}]'")
+        return _fail(program, f"{error.name} is not installed; pip install 'longlive_rag[{EXTRAS[error.name]}]'")
+
+
+def _command(name: str, program: str, arguments: list[str]) -> int:
+    if name in COMMANDS:
+        status: int = Parser(COMMANDS[name].load(), program).parse_command(arguments).run()
+        return status
+    if name == "":
+        print(_GREETING)
+    elif name in ("-h", "--help"):
+        print(_overview())
+    elif name == "--version":
+        print(f"{PROGRAM} {longlive_rag.__version__}")
+    elif name == "--print-completion":
+        commands = {each: (command.load(), command.summary) for each, command in COMMANDS.items()}
+        print(completion_script(PROGRAM, commands, arguments[0] if arguments else ""))
+    else:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
+        raise UsageError(f"unknown {'option' if name.startswith('-') else 'command'} {name!r}; {hint}")
+    return 0
 
 
 def _overview() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            f"usage: {PROGRAM} COMMAND [OPTIONS]",
-            "",
-            "Long videos from autoregressive diffusion models, with retrieval memory.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            f"{PROGRAM} COMMAND --help shows the options of one; {PROGRAM} --version the version.",
+    lines = [f"usage: {PROGRAM} COMMAND [OPTIONS]", "", _SENTENCE]
+    for purpose in dict.fromkeys(command.purpose for command in COMMANDS.values()):
+        lines += ["", f"{purpose}:"]
+        lines += [
+            f"  {name:{width}}  {command.summary}" for name, command in COMMANDS.items() if command.purpose == purpose
         ]
-    )
+    return "\n".join([*lines, _ALSO])
 
 
 def _fail(program: str, message: str) -> int:
     print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
     return 2
-
-
-def _parse(command: Command, program: str, arguments: list[str]) -> _Runnable:
-    import tyro
-
-    options = getattr(importlib.import_module(command.module), command.class_name)
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            parsed: _Runnable = tyro.cli(options, prog=program, args=arguments, config=(tyro.conf.FlagCreatePairsOff,))
-            return parsed
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-        raise _UsageError(_condense(complaint.getvalue(), program)) from None
-
-
-def _condense(box: str, program: str) -> str:
-    """The sentence in the box that tyro draws around a complaint.
-
-    Under its title a box has sections between rules: the complaint, at times a suggestion, then help. Where the
-    terminal cannot show a frame there are spaces in its place.
-    """
-    sections: list[list[str]] = [[]]
-    for row in box.splitlines():
-        text = row[2:].rstrip(" │")
-        is_help = text.startswith(" " * 8)
-        if row.startswith("╭") or (text and set(text) <= {"─", "-"}):
-            sections.append([])
-        elif text and not is_help:
-            sections[-1].append(text.strip())
-    _title, complaint, *others = sections
-    suggestions = [section for section in others if section and section[0].startswith("Perhaps you meant")]
-    message = "; ".join(" ".join(section) for section in [complaint, *suggestions])
-    message = message.replace(f"Missing from {program}:", "missing").replace("; P", "; p")
-    message = re.sub(r" ([.,:;])", r"\1", message).rstrip(".")  # a wrapped line may begin with its full stop
-    return message[:1].lower() + message[1:]

@@ -7,15 +7,14 @@ from typing import Literal, get_args
 
 Positions = Literal["relative", "absolute"]
 Query = Literal["latest", "draft"]
-MemoryPosition = Literal["zero", "ordered", "true"]
 
 
 @dataclass(frozen=True)
 class RetrievalConfig:
     """What a block of latent frames sees: ``[ sink | memory | local window ]``.
 
-    The defaults are the paper's (arXiv 2606.02553). Without memory and with absolute positions it is the native sliding
-    window of Self-Forcing and its family.
+    The defaults are the paper's (arXiv 2606.02553). Without memory and with absolute positions, this is the native
+    sliding window of Self-Forcing and its relatives.
 
     Raises:
         ValueError: the budgets do not fit into the context, or a value is out of range.
@@ -32,13 +31,11 @@ class RetrievalConfig:
     block_frames: int = 3
     """Latent frames denoised together."""
     positions: Positions = "relative"
-    """Temporal positions: "relative" to the left end of the context (the paper's), or "absolute", the frame index."""
+    """Temporal positions: "relative" to the left end of the context, with memory at 0 (the paper's), or "absolute", the
+    frame index."""
     query: Query = "latest"
-    """What asks: the "latest" finished frame (the paper's), or the "draft": the block's own clean prediction after its
-    first denoising step, which also finds what a scene change brings back."""
-    memory_position: MemoryPosition = "zero"
-    """Where memory stands under relative positions: all at "zero" (the paper's), "ordered" by time behind the sink, or
-    at the "true" distance."""
+    """What memory is searched with: the "latest" finished frame (the paper's), or the "draft", the block's own clean
+    prediction after its first denoising step, which also finds what a scene change brings back."""
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -51,7 +48,7 @@ class RetrievalConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        for name, allowed in (("positions", Positions), ("query", Query), ("memory_position", MemoryPosition)):
+        for name, allowed in (("positions", Positions), ("query", Query)):
             if getattr(self, name) not in get_args(allowed):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(allowed))}, got {getattr(self, name)!r}")
         if self.memory_frames > 64:

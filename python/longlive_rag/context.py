@@ -19,11 +19,11 @@ UNUSED = -1
 class ContextPlan:
     """The context of the block of `frames` latent frames that starts at `start`.
 
-    The table has one column per context entry, ``[ sink | memory | local ]``, always as many, so that buffers and
-    captured graphs keep their shape. While the video is young, columns are unused, and a frame that is both sink and
-    local stands in the local window only.
+    The table has one column per context entry, ``[ sink | memory | local ]``, always the same number, so that buffers
+    and captured graphs keep their shape. Early in a video some columns are unused, and a frame that is both sink and
+    local is listed in the local window only.
 
-    Source: method.md, "Context of a block", "What may be retrieved", "Positions"; LongLive-RAG, section 3.
+    Source: LongLive-RAG (arXiv 2606.02553), section 3; docs/architecture.md, "Positions".
     """
 
     config: RetrievalConfig
@@ -45,8 +45,8 @@ class ContextPlan:
 
     @property
     def local_columns(self) -> int:
-        """Length of the local window. A block as long as the context, which a prompt switch makes again, sees what the
-        context will then hold: of its own frames the newest, behind the sink."""
+        """Length of the local window. A block as long as the context, which a prompt switch recomputes, sees what the
+        context will hold afterwards: the sink and the newest of its own frames."""
         own = min(self.frames, self.config.context_frames - self.config.sink_frames)
         return max(self.config.local_frames, own)
 
@@ -62,13 +62,13 @@ class ContextPlan:
 
     @property
     def candidates(self) -> range:
-        """Frames that may be retrieved: those that left the context, less the newest of these."""
+        """Frames that may be retrieved: those that have left the context, minus the newest `recency_guard` of them."""
         first = self.config.sink_frames
         last = first + self.start - self.config.context_frames - self.config.recency_guard
         return range(first, max(first, last)) if self.config.memory_frames else range(0)
 
     def keeps(self, frame: int) -> bool:
-        """Whether a later block may see the frame again, there being no memory."""
+        """Whether a later block can still see the frame when there is no memory."""
         return frame < self.config.sink_frames or frame in self.local
 
     @property
@@ -93,14 +93,9 @@ class ContextPlan:
         return [f - self.shift for f in range(self.start, self.end)]
 
     def unseen(self, frames: Tensor) -> Tensor:
-        """Retrieved frames [B, K] less those that the block sees anyway, which become `UNUSED`."""
+        """Retrieved frames [B, K]; those that the block sees anyway become `UNUSED`."""
         return frames
 
     def memory_positions(self, frames: Tensor) -> Tensor:
         """Temporal positions of retrieved frames, int32 like `frames` [B, K]; negative entries are unused."""
-        if self.config.positions == "absolute" or self.config.memory_position == "true":
-            return frames - self.shift
-        if self.config.memory_position == "zero":
-            return torch.zeros_like(frames)
-        earlier = (frames[:, None, :] >= 0) & (frames[:, None, :] < frames[:, :, None])
-        return self.config.sink_frames + earlier.sum(dim=-1, dtype=frames.dtype)
+        return frames if self.config.positions == "absolute" else torch.zeros_like(frames)

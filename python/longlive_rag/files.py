@@ -1,21 +1,27 @@
-"""Output files: written beside their destination and renamed, so that a reader never meets half a file."""
+"""Files: written atomically, so that a reader never meets half a file, and read with errors that name them."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import pickle
 import secrets
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes the name `path` when the block ends without an exception.
+    """Yield a temporary path in the same folder, which is renamed to `path` when the block ends without an exception.
 
-    The temporary name keeps the suffix, since some writers choose a format by it. After an exception the temporary file
-    is removed and an earlier file at `path` stays as it was.
+    The temporary name keeps the suffix, since some writers choose the format by it. After an exception the temporary
+    file is removed and an earlier file at `path` is left alone.
 
     Raises:
         OSError: `path` is a folder, or its folder is missing or cannot be written to; raised before the block runs.
@@ -42,8 +48,34 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
         partial.write_text(text + "\n", encoding="utf-8")
 
 
+def load_checkpoint(path: Path, *, device: torch.device | str = "cpu", mmap: bool = False) -> Any:
+    """Read what `torch.save` wrote: tensors and plain values; anything else in the file is refused, not run.
+
+    Args:
+        device: where the tensors go.
+        mmap: map the file instead of reading it, if its format (zip, torch's since 1.6) allows that.
+
+    Raises:
+        OSError: the file is missing or may not be read.
+        ValueError: it is damaged, or holds something else.
+    """
+    import torch
+
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    try:
+        return torch.load(path, map_location=device, weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
+    except PermissionError:
+        raise
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:  # cut short: any of these
+        reason = (str(error) or "it ends early").splitlines()[0]
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint of tensors: it is damaged or holds something else ({reason})"
+        ) from error
+
+
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise unless a file can be written at `path`; to be called before long work.
+    """Raise unless a file can be written at `path`; call it before long work.
 
     Raises:
         OSError: `path` is a folder, or its folder is missing or cannot be written to.
@@ -58,7 +90,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def output_folder(path: str | os.PathLike[str]) -> Path:
-    """Create the folder `path`, with its parents, if it is missing, and return it; to be called before long work.
+    """Create the folder `path`, with its parents, if it is missing, and return it; call it before long work.
 
     Raises:
         OSError: `path` is a file, or cannot be created or written to.

@@ -9,14 +9,14 @@ from longlive_rag import ops
 
 
 class LatentIndex:
-    """Embeddings of the finished frames of a batch of videos, in the order of the frames.
+    """Embeddings of the committed frames of a batch of videos, in the order of the frames.
 
-    Storage grows by doubling; nothing limits the number of frames.
+    Storage doubles when it is full; the number of frames is unlimited.
     """
 
     def __init__(self, capacity: int = 64) -> None:
         self.count = 0
-        """Finished frames."""
+        """Committed frames."""
         self._capacity = capacity
         self._keys: Tensor | None = None
         self._inverse_norms: Tensor | None = None
@@ -29,13 +29,13 @@ class LatentIndex:
         return self._keys[:, : self.count]
 
     def put(self, start: int, embeddings: Tensor) -> None:
-        """Store the embeddings [B, F, D] of frames ``start ..``, appended, or in place of those of a block made again.
+        """Store the embeddings [B, F, D] of frames ``start ..``: append them, or replace those of a recomputed block.
 
         Raises:
             ValueError: `start` leaves a gap, or batch or width differ from what is stored.
         """
         if not 0 <= start <= self.count:
-            raise ValueError(f"start must be 0 to {self.count}, the number of finished frames, got {start}")
+            raise ValueError(f"start must be 0 to {self.count}, the number of committed frames, got {start}")
         batch, frames, width = embeddings.shape
         end = start + frames
         if self._keys is None:
@@ -74,5 +74,5 @@ class LatentIndex:
         return cosine.masked_fill(frames < 0, -torch.inf)
 
     def clear(self) -> None:
-        """Forget all frames; the storage is kept."""
+        """Forget all frames, but keep the storage."""
         self.count = 0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longlive_rag import ops, rotary
 from longlive_rag.bank import FrameBank
@@ -20,7 +21,7 @@ from longlive_rag.selection import Request, Selection, SimilaritySelection
 
 @dataclass(frozen=True)
 class Retrieval:
-    """What one block got from memory."""
+    """What one block retrieved."""
 
     block_start: int
     frame_table: Tensor
@@ -40,26 +41,59 @@ class Retrieval:
         return [[value for frame, value in zip(*row, strict=True) if frame >= 0] for row in rows]
 
 
+class Tables(NamedTuple):
+    """What the operations read of a block: int32 on the device, one row per video, `UNUSED` where there is nothing."""
+
+    block_slots: Tensor
+    """[B, F]: the slot that each frame of the block is written to."""
+    slots: Tensor
+    """[B, N]: the slot of each context entry."""
+    positions: Tensor
+    """[B, N]: its temporal position."""
+    query_positions: Tensor
+    """[B, F]: temporal position of each frame of the block."""
+
+
+class TransformerSizes(Protocol):
+    """What a transformer says of itself, as `CausalWanModel` does, so that a memory can be made for it."""
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its weights; the first one has the device and dtype of the keys."""
+        ...
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens of a latent frame of this size."""
+        ...
+
+
 class RetrievalMemory:
     """Keys and values of all frames so far, and the attention of the current block to those it should see.
 
     Use: ``begin_block``, then any number of passes in which every layer calls ``attend`` once, then ``commit`` with the
-    clean latents. The passes of a block write the same pages over and over; what the last one wrote stands from the
-    moment the block is committed. A block may be begun again (a prompt switch that re-computes the newest frames).
+    clean latents. Each pass of a block overwrites the same pages; what the last one wrote is final once the block is
+    committed. A block may be begun again (a prompt switch that recomputes the newest frames).
+
+    CUDA graphs: tables are filled in place and there is one set for each block length and number of columns, so a
+    captured graph replays for every block of the same shape. It also holds the addresses of the pages: capture again
+    when ``bank.generation`` has changed.
 
     Args:
         config: the context policy.
         batch: videos made together; each retrieves for itself.
         layers, heads, head_dim: of the backbone.
         grid: rows and columns of tokens in a latent frame.
-        device, dtype: of the pages, and of the keys that come.
-        embedding: from clean latents [N, C, H, W] to [N, D].
-        capacity: latent frames to make room for at once (see `FrameBank`); ignored without memory, when only the window
-            is held.
+        device, dtype: of the pages, and of the keys and values passed to `attend`.
+        embedding: maps clean latents [N, C, H, W] to [N, D].
+        capacity: latent frames to allocate up front (see `FrameBank`); ignored without memory, when only the window is
+            kept.
         selection: which frames come back; default the most similar ones.
-        device_frames: at most this many latent frames of each video on the device, `context_frames` or more; older ones
-            wait in host memory, and what is retrieved is copied back once per block. This costs one synchronisation per
-            block. None: all stay on the device.
+        device_frames: keep at most this many latent frames of each video on the device, at least `context_frames`;
+            older ones wait in host memory, and what is retrieved is copied back once per block. This costs one
+            synchronisation per block. None: all stay on the device.
 
     Source: LongLive-RAG (arXiv 2606.02553), section 3; docs/architecture.md.
     """
@@ -101,16 +135,49 @@ class RetrievalMemory:
             device_frames=device_frames if config.memory_frames else None,
         )
         self.retrieved: list[Retrieval] = []
-        """One entry for each block that had memory."""
+        """One entry for each block that retrieved something."""
         self._rotation = rotary.spatial_rotation(rows, columns, head_dim, device)
         self._wan_frequencies = rotary.temporal_frequencies(head_dim, device)
         self._frequencies = self._wan_frequencies.clone()
         self._plan: ContextPlan | None = None
         self._chosen: tuple[Tensor, Tensor] | None = None
-        self._tables = self._block_tables(ContextPlan(config, 0, config.block_frames))
+        # By length of the block and number of columns. Captured graphs read these addresses, so none is ever replaced.
+        self._all_tables: dict[tuple[int, int], Tables] = {}
+        self._tables = self._tables_for(config.block_frames, config.context_frames)
+        self._rewritten: tuple[tuple[int, ...], Tensor] | None = None
+
+    @classmethod
+    def for_model(
+        cls,
+        model: TransformerSizes,
+        shape: Sequence[int],
+        config: RetrievalConfig,
+        *,
+        embedding: Embedding,
+        capacity: int = 64,
+        selection: Selection | None = None,
+        device_frames: int | None = None,
+    ) -> RetrievalMemory:
+        """A memory of the model's sizes, device and dtype for latents of `shape` [B, F, C, H, W], any F and C."""
+        batch, _, _, height, width = shape
+        weight = next(model.parameters())
+        return cls(
+            config,
+            batch=batch,
+            layers=model.num_layers,
+            heads=model.num_heads,
+            head_dim=model.head_dim,
+            grid=model.token_grid(height, width),
+            device=weight.device,
+            dtype=weight.dtype,
+            embedding=embedding,
+            capacity=capacity,
+            selection=selection,
+            device_frames=device_frames,
+        )
 
     @property
-    def finished(self) -> int:
+    def committed(self) -> int:
         """Latent frames committed so far."""
         return self.index.count
 
@@ -128,8 +195,8 @@ class RetrievalMemory:
     def begin_block(self, start: int, frames: int) -> None:
         """Lay out the context of the block of `frames` frames that starts at `start`.
 
-        A block at frame 0 after later ones begins a new video. With the "latest" query the memory is retrieved here;
-        with "draft", the block starts with the previous block's and `ask` replaces it.
+        A block at frame 0 after later ones begins a new video. With the "latest" query, frames are retrieved here;
+        with "draft", the block starts with those of the previous block and `ask` replaces them.
 
         Raises:
             ValueError: frames between the last committed one and `start` are missing.
@@ -138,20 +205,21 @@ class RetrievalMemory:
 
     def plan_block(self, plan: ContextPlan) -> None:
         """`begin_block` with a context of the caller's own."""
-        if plan.start == 0 and self.finished:
+        if plan.start == 0 and self.committed:
             self.reset()
-        if plan.start > self.finished:
+        if plan.start > self.committed:
             raise ValueError(
-                f"start must be at most {self.finished}, the number of committed frames (commit(latents) each block "
+                f"start must be at most {self.committed}, the number of committed frames (commit(latents) each block "
                 f"before the next), got {plan.start}"
             )
-        self._plan = plan
+        self._plan, self._rewritten = plan, None
         if not self.config.memory_frames:
             for frame in self.bank.frames():
                 if not plan.keeps(frame):
                     self.bank.release(frame)
-        self.bank.reserve(range(plan.start, plan.end), [frame for frame in plan.fixed_entries()[0] if frame >= 0])
-        self._write_tables(plan)
+        frames, positions = plan.fixed_entries()
+        self.bank.reserve(range(plan.start, plan.end), [frame for frame in frames if frame >= 0])
+        self._write_tables(plan, frames, positions)
         if not plan.candidates:
             self._chosen = None
         elif self.config.query == "latest":
@@ -160,7 +228,7 @@ class RetrievalMemory:
             self._write_memory(self._chosen[0])
 
     def ask(self, latents: Tensor) -> None:
-        """Ask with a draft of the current block, its clean prediction [B, F, C, H, W] after the first denoising step.
+        """Query with a draft of the current block, its clean prediction [B, F, C, H, W] after the first denoising step.
 
         The query is the mean of its frames' unit embeddings.
         """
@@ -196,19 +264,28 @@ class RetrievalMemory:
                 f"got {list(k.shape)}"
             )
         k_pages, v_pages = self.bank.k_pages[layer], self.bank.v_pages[layer]
-        block_slots, slots, positions, query_position = self._tables
-        turned = ops.insert(k, v, k_weight, self._rotation, k_pages, v_pages, block_slots, eps, q, q_weight)
+        tables = self._tables
+        turned = ops.insert(k, v, k_weight, self._rotation, k_pages, v_pages, tables.block_slots, eps, q, q_weight)
         assert turned is not None
-        return ops.attend(turned, k_pages, v_pages, slots, positions, query_position, self._frequencies)
+        return ops.attend(
+            turned, k_pages, v_pages, tables.slots, tables.positions, tables.query_positions, self._frequencies
+        )
 
     def rewrite(self, layer: int, frames: Iterable[int], k: Tensor, v: Tensor) -> None:
-        """Put keys, normalised, and values [B, F, T, H, D] into the pages of earlier frames, where they have any."""
-        table = torch.tensor(list(frames), dtype=torch.int32, device=self.device).expand(self.batch, -1)
-        k_pages, v_pages = self.bank.k_pages[layer], self.bank.v_pages[layer]
-        ops.insert(k, v, None, self._rotation, k_pages, v_pages, self.bank.slots(table))
+        """Replace keys, already normalised, and values [B, F, T, H, D] of earlier frames; dropped frames are skipped.
+
+        Raises:
+            ValueError: `device_frames` leaves no room for these frames in addition to the block's context.
+        """
+        wanted = tuple(frames)
+        if self._rewritten is None or self._rewritten[0] != wanted:  # once per pass: every layer rewrites the same ones
+            self.bank.overwrite(wanted)
+            table = torch.tensor(wanted, dtype=torch.int32).to(self.device, non_blocking=True)
+            self._rewritten = wanted, self.bank.slots(table.expand(self.batch, -1))
+        ops.insert(k, v, None, self._rotation, self.bank.k_pages[layer], self.bank.v_pages[layer], self._rewritten[1])
 
     def scale_time(self, scale: float) -> None:
-        """Multiply all temporal distances by `scale` from the next pass on (`t_scale` of LongLive 2); at first 1."""
+        """Multiply all temporal distances by `scale`, initially 1, from the next pass on (`t_scale` of LongLive 2)."""
         torch.mul(self._wan_frequencies, scale, out=self._frequencies)
 
     def commit(self, latents: Tensor) -> Tensor:
@@ -229,10 +306,10 @@ class RetrievalMemory:
         self.index.clear()
         self.bank.clear()
         self.retrieved = []
-        self._plan = self._chosen = None
+        self._plan = self._chosen = self._rewritten = None
 
     def close(self) -> None:
-        """Give the pages back to the device. The record of what was retrieved stays."""
+        """Free the pages. The record of what was retrieved stays."""
         self.bank.close()
         self._plan = None
 
@@ -254,36 +331,30 @@ class RetrievalMemory:
         self.retrieved.append(Retrieval(plan.start, frames, similarity))
         self._write_memory(frames)
 
-    def _block_tables(self, plan: ContextPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        columns = len(plan.fixed_entries()[0])
-        shapes = ((self.batch, plan.frames), (self.batch, columns), (self.batch, columns), (self.batch, plan.frames))
-        block_slots, slots, positions, query_position = (
-            torch.full(shape, UNUSED, dtype=torch.int32, device=self.device) for shape in shapes
-        )
-        return block_slots, slots, positions, query_position
+    def _tables_for(self, frames: int, columns: int) -> Tables:
+        """The tables of blocks of this length and with as many context entries."""
+        if (frames, columns) not in self._all_tables:
+            widths = (frames, columns, columns, frames)
+            self._all_tables[frames, columns] = Tables(
+                *(torch.full((self.batch, n), UNUSED, dtype=torch.int32, device=self.device) for n in widths)
+            )
+        return self._all_tables[frames, columns]
 
-    def _write_tables(self, plan: ContextPlan) -> None:
-        """Fill the tables in place, so that captured graphs see the new block.
-
-        Only other lengths need new ones.
-        """
-        columns = len(plan.fixed_entries()[0])
-        if (self._tables[0].shape[1], self._tables[1].shape[1]) != (plan.frames, columns):
-            self._tables = self._block_tables(plan)
-        block_slots, slots, positions, query_position = self._tables
-        frames, places = plan.fixed_entries()
-        host = torch.tensor([frames, places], dtype=torch.int32).to(self.device, non_blocking=True)
-        slots.copy_(self.bank.slots(host[0].expand(self.batch, -1)))
-        positions.copy_(host[1].expand(self.batch, -1))
-        query_position.copy_(torch.tensor(plan.query_positions(), dtype=torch.int32), non_blocking=True)
+    def _write_tables(self, plan: ContextPlan, frames: list[int], positions: list[int]) -> None:
+        """Fill the tables in place with the plan's fixed entries."""
+        tables = self._tables = self._tables_for(plan.frames, len(frames))
+        host = torch.tensor([frames, positions], dtype=torch.int32).to(self.device, non_blocking=True)
+        tables.slots.copy_(self.bank.slots(host[0].expand(self.batch, -1)))
+        tables.positions.copy_(host[1].expand(self.batch, -1))
+        tables.query_positions.copy_(torch.tensor(plan.query_positions(), dtype=torch.int32), non_blocking=True)
         block = torch.arange(plan.start, plan.end, dtype=torch.int32, device=self.device)
-        block_slots.copy_(self.bank.slots(block.expand(self.batch, -1)))
+        tables.block_slots.copy_(self.bank.slots(block.expand(self.batch, -1)))
 
     def _write_memory(self, frames: Tensor) -> None:
         frames = self.plan.unseen(frames)
         if self.bank.device_frames is not None:
             self.bank.fetch([[frame for frame in row if frame >= 0] for row in frames.tolist()])
-        _, slots, positions, _ = self._tables
+            self._rewritten = None
         columns = self.plan.memory_columns
-        slots[:, columns] = self.bank.slots(frames)
-        positions[:, columns] = self.plan.memory_positions(frames)
+        self._tables.slots[:, columns] = self.bank.slots(frames)
+        self._tables.positions[:, columns] = self.plan.memory_positions(frames)

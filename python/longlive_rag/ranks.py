@@ -22,36 +22,36 @@ class Ranks:
     rank: int = 0
     world: int = 1
     local: int = 0
-    """Number on this machine: which GPU."""
+    """Rank on this machine, which is also the number of its GPU."""
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """As torchrun sets RANK, WORLD_SIZE and LOCAL_RANK."""
+        """Read RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them."""
         rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         return cls(rank, max(world, 1), local)
 
     @property
     def first(self) -> bool:
-        """Whether this rank speaks and writes for all."""
+        """Whether this rank prints and writes for all."""
         return self.rank == 0
 
     def device(self, device: str | None = None) -> torch.device:
-        """`device`, by default a GPU of this machine if there is one."""
+        """`device`, by default this rank's GPU if the machine has one."""
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device cuda was asked for, but there is no usable GPU; expected cpu")
+            raise ValueError("device must be cpu, since there is no usable GPU, got cuda")
         return torch.device("cuda", self.local) if device == "cuda" else torch.device(device)
 
     @contextlib.contextmanager
     def process_group(self, device: torch.device) -> Iterator[None]:
-        """Join the other ranks while the block runs; nothing for a single rank."""
+        """Join the other ranks while the block runs; a single rank does nothing."""
         if self.world == 1:
             yield
             return
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        # The others wait while the first rank reads through the whole corpus.
+        # The other ranks wait while the first one reads through the whole corpus.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
         try:
             yield
@@ -75,7 +75,7 @@ class Ranks:
         return bool(flags)
 
     def on_first(self, work: Callable[[], Result]) -> Result:
-        """What `work` returns on the first rank, or the ValueError or OSError that it raises there, on every rank."""
+        """Do `work` on the first rank; every rank returns its result, or raises the ValueError or OSError it raised."""
         if self.world == 1:
             return work()
         box: list[Any] = [None]

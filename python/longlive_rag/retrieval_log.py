@@ -1,4 +1,4 @@
-"""What each block of a video got from memory: as JSON and as a picture."""
+"""What each block of a video retrieved: as JSON and as a picture."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from longlive_rag import figures
 from longlive_rag.config import RetrievalConfig
-from longlive_rag.files import atomic_path
 from longlive_rag.memory import Retrieval
 
 
 def retrieval_entries(retrieved: Sequence[Retrieval], video: int = 0) -> list[dict[str, Any]]:
-    """One entry per block that had memory: its first latent frame, the frames it got, and their similarity."""
+    """One entry per block that retrieved something: its first latent frame, the frames, and their similarity."""
     return [
         {"start": block.block_start, "frames": block.frames[video], "similarity": block.similarity[video]}
         for block in retrieved
@@ -26,20 +26,16 @@ def draw_retrieval(
     seconds_per_frame: float,
     path: Path,
 ) -> None:
-    """Draw which moments of the video each moment asked for, and how similar they were.
+    """Draw which earlier moments of the video each block retrieved, and how similar they were.
 
     Args:
-        entries: of `retrieval_entries`, at least one.
-        config: of the video.
+        entries: from `retrieval_entries`, at least one.
+        config: the policy that the video was made with.
         latent_frames: length of the video.
-        seconds_per_frame: of a latent frame.
+        seconds_per_frame: duration of a latent frame.
         path: PNG file, written atomically.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figures.figure(9, 8)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     end = latent_frames * seconds_per_frame
     points = [
@@ -71,7 +67,7 @@ def draw_retrieval(
     )
     if config.sink_frames:
         upper.axhspan(0, config.sink_frames * seconds_per_frame, color="#f2b134", alpha=0.5, lw=0, label="sink")
-    upper.set(xlim=(0, end), ylim=(0, end), ylabel="retrieved frame (s)", title="What each block got from memory")
+    upper.set(xlim=(0, end), ylim=(0, end), ylabel="retrieved frame (s)", title="What each block retrieved")
     upper.legend(loc="upper left", frameon=False)
 
     blocks = [(entry["start"] + config.block_frames / 2) * seconds_per_frame for entry in entries]
@@ -81,5 +77,4 @@ def draw_retrieval(
     lower.legend(frameon=False, ncols=2)
     for axes in (upper, lower):
         axes.spines[["top", "right"]].set_visible(False)
-    with atomic_path(path) as beside:
-        figure.savefig(beside, dpi=110)
+    figures.save(figure, path, dpi=110)

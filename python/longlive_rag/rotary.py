@@ -1,4 +1,4 @@
-"""Rotary position embedding of the Wan family, split into its spatial and temporal halves.
+"""Rotary position embedding of the Wan family, split into a spatial and a temporal part.
 
 Wan rotates the adjacent pairs (2i, 2i + 1) of every head. Of the ``head_dim / 2`` pairs the first ones turn with time,
 then ``head_dim // 6`` with the row and as many with the column (22 + 21 + 21 for head_dim 128). A key is stored with

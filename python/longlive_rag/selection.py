@@ -16,16 +16,16 @@ from longlive_rag.index import LatentIndex
 
 @dataclass(frozen=True)
 class Request:
-    """A block asks for memory."""
+    """What a block searches memory for."""
 
     start: int
     """First frame of the block."""
     query: Tensor
-    """Embedding that asks, [B, D]."""
+    """Embedding to compare with, [B, D]."""
     candidates: range
     """Frames that may come back."""
     k: int
-    """How many may."""
+    """How many of them, at most."""
 
 
 class Selection(Protocol):
@@ -37,18 +37,18 @@ class Selection(Protocol):
 
 
 class SimilaritySelection:
-    """The k candidates most similar to the query (the paper's, arXiv 2606.02553)."""
+    """The k candidates most similar to the query: the paper's selection (arXiv 2606.02553)."""
 
     def select(self, request: Request, index: LatentIndex) -> tuple[Tensor, Tensor]:
         return index.search(request.query, request.candidates.start, request.candidates.stop, request.k)
 
 
 class _Control(ABC):
-    """A choice that does not look at the embeddings; the similarity is reported all the same."""
+    """A choice that ignores the embeddings; their similarity to the query is reported nevertheless."""
 
     @abstractmethod
     def choose(self, request: Request, batch: int) -> Sequence[Sequence[int]]:
-        """Frames for each video, best first; those that are no candidates are passed over."""
+        """Frames for each video, best first; those that are not candidates are skipped."""
 
     def select(self, request: Request, index: LatentIndex) -> tuple[Tensor, Tensor]:
         batch = request.query.shape[0]
@@ -61,7 +61,7 @@ class _Control(ABC):
 
 
 class RandomSelection(_Control):
-    """k candidates at random, other ones for each video and block, the same for the same seed."""
+    """k random candidates, drawn separately for each video and block and reproducible by seed."""
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
@@ -80,7 +80,7 @@ class RecentSelection(_Control):
 
 
 class UniformSelection(_Control):
-    """k candidates at equal distances over the whole past."""
+    """k candidates spread evenly over the whole past."""
 
     def choose(self, request: Request, batch: int) -> Sequence[Sequence[int]]:
         count = len(request.candidates)
@@ -91,10 +91,10 @@ class UniformSelection(_Control):
 
 
 class OracleSelection(_Control):
-    """What somebody who knows the answer would choose.
+    """A choice made with knowledge of the right answer.
 
     Args:
-        answer: from the first frame of a block and the number of videos to the frames for each video, best first.
+        answer: maps the first frame of a block and the number of videos to the frames for each video, best first.
     """
 
     def __init__(self, answer: Callable[[int, int], Sequence[Sequence[int]]]) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from longlive_rag import RetrievalConfig
-from longlive_rag.backbones import apply_retrieval_memory, remove_retrieval_memory
+from longlive_rag import RetrievalConfig, patch
 
 diffusers = pytest.importorskip("diffusers", minversion="0.42")
 TOKENS = 128
@@ -66,41 +67,97 @@ def test_without_memory_a_full_window_is_the_model_s_own() -> None:
     model, partition = transformer(full_chunk_limit=4), [1, 2, 2, 1]
     expected = generate(model, partition)
     native = RetrievalConfig(context_frames=6, sink_frames=0, memory_frames=0, block_frames=2, positions="absolute")
-    apply_retrieval_memory(model, native)
-    torch.testing.assert_close(generate(model, partition), expected, atol=1e-5, rtol=1e-5)
-    remove_retrieval_memory(model)
+    with patch(model, native) as patched:
+        torch.testing.assert_close(generate(model, partition), expected, atol=1e-5, rtol=1e-5)
+        assert patched.family == "AnyFlow FAR"
     assert torch.equal(generate(model, partition), expected)
 
 
 def test_memory_comes_back() -> None:
     model, partition = transformer(full_chunk_limit=3), [1, 2, 2, 2, 2, 2, 2]
     before = generate(model, partition)
-    hook = apply_retrieval_memory(model, CONFIG)
+    patched = patch(model, CONFIG)
     video = generate(model, partition)
-    starts = [entry.block_start for entry in hook.retrieved]
+    starts = [entry.block_start for entry in patched.retrieved]
     assert starts == [7, 9, 11]
-    assert all(frame < entry.block_start - 4 for entry in hook.retrieved for frame in entry.frames[0])
+    assert all(frame < entry.block_start - 4 for entry in patched.retrieved for frame in entry.frames[0])
     assert torch.isfinite(video).all() and not torch.allclose(video[:, -2:], before[:, -2:])
     # Another call of the pipeline is another video.
     assert not torch.equal(generate(model, partition, seed=1), video)
     assert torch.equal(generate(model, partition), video)
-    remove_retrieval_memory(model)
+    assert [len(earlier) for earlier in patched.earlier_videos] == [3, 3]
+    patched.reset()
+    assert patched.retrieved == [] and torch.equal(generate(model, partition), video)
+    patched.unpatch()
     assert torch.equal(generate(model, partition), before)
 
 
 def test_guidance_doubles_the_batch() -> None:
     model, partition = transformer(full_chunk_limit=3), [1, 2, 2, 2, 2, 2]
-    hook = apply_retrieval_memory(model, CONFIG)
-    generate(model, partition, batch=2)
-    assert [[len(frames) for frames in entry.frames] for entry in hook.retrieved] == [[2, 2]] * 2
+    with patch(model, CONFIG) as patched:
+        generate(model, partition, batch=2)
+        assert [[len(frames) for frames in entry.frames] for entry in patched.retrieved] == [[2, 2]] * 2
+
+
+def test_a_pipeline_and_a_compiled_transformer_are_looked_through() -> None:
+    model, partition = transformer(full_chunk_limit=3), [1, 2, 2, 2, 2]
+    with patch(SimpleNamespace(transformer=model), CONFIG) as patched:
+        generate(model, partition)
+        assert [entry.block_start for entry in patched.retrieved] == [7]
+    compiled = torch.compile(model, backend="eager")
+    with patch(compiled, CONFIG) as patched:
+        # Only two chunks, since every other length of the past is compiled again.
+        torch.testing.assert_close(generate(compiled, [1, 2]), generate(model, [1, 2]), atol=1e-5, rtol=1e-5)
+        assert patched.used
+
+
+class Answer:
+    """Attention that only passes on what it is given."""
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, attention_mask: Any = None,
+        rotary_emb: Any = None, kv_cache: Any = None, kv_cache_flag: Any = None,
+    ) -> Tensor:  # fmt: skip
+        return hidden_states
+
+
+def test_calls_with_gradients_or_without_a_cache_are_the_model_s_own() -> None:
+    model = transformer(full_chunk_limit=3)
+    call = {
+        "hidden_states": torch.ones(1, 2, 4, 16, 32), "chunk_partition": [2], "timestep": torch.ones(1, 2),
+        "r_timestep": torch.ones(1, 2), "encoder_hidden_states": torch.ones(1, 4, 8), "return_dict": False,
+    }  # fmt: skip
+    with torch.no_grad():
+        expected = model(**call)[0]
+        with patch(model, CONFIG) as patched:
+            assert torch.equal(model(**call)[0], expected)
+            for block in model.blocks:
+                block.attn1.set_processor(Answer())  # flex attention has no gradient on a CPU
+            with torch.enable_grad():
+                empty = {name: torch.zeros(2, 1, 2, 6 * TOKENS, 16) for name in ("full_cache", "compressed_cache")}
+                cache = {layer: dict(empty) for layer in range(2)}
+                flag = {"num_cached_chunks": 0, "is_cache_step": False}
+                assert model(**call, kv_cache=cache, kv_cache_flag=flag)[0].requires_grad
+            assert not patched.used
 
 
 def test_refusals() -> None:
-    with pytest.raises(TypeError, match=r"AnyFlowFARTransformer3DModel.*looked for.*found Linear"):
-        apply_retrieval_memory(nn.Linear(2, 2), CONFIG)
+    with pytest.raises(TypeError, match=r"no causal video transformer.*looked for.*to_q.*found Linear"):
+        patch(nn.Linear(2, 2), CONFIG)
     model = transformer(full_chunk_limit=3)
-    apply_retrieval_memory(model, CONFIG)
-    with pytest.raises(ValueError, match="already"):
-        apply_retrieval_memory(model, CONFIG)
+    with patch(model, CONFIG):
+        with pytest.raises(ValueError, match="already"):
+            patch(model, CONFIG)
+        with pytest.raises(TypeError, match="patched model cannot be copied"):
+            copy.deepcopy(model)
     with pytest.raises(ValueError, match="config.query"):
-        apply_retrieval_memory(transformer(3), RetrievalConfig(query="draft"))
+        patch(transformer(3), RetrievalConfig(query="draft"))
+
+
+def test_a_bidirectional_transformer_of_diffusers() -> None:
+    model = diffusers.WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=8, freq_dim=16,
+        ffn_dim=32, num_layers=1,
+    )  # fmt: skip
+    with pytest.raises(TypeError, match=r"^model must be causal, but WanTransformer3DModel is bidirectional"):
+        patch(model, CONFIG)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import gc
+import copy
+import io
+import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,45 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from longlive_rag import RetrievalConfig, patch, rollout
+from longlive_rag.embedding import AveragePool, LatentAutoencoder
 from longlive_rag.models import CausalWanModel
 from support.causal_doubles import ATTENTIONS, Attention, NativeAttentionReached, Pipeline, Transformer, Wrapper
-
-SIZES = {
-    "dim": 32, "ffn_dim": 32, "freq_dim": 16, "text_dim": 8, "text_len": 4, "num_heads": 2, "num_layers": 2
-}  # fmt: skip
-CONFIG = RetrievalConfig(context_frames=5, sink_frames=1, memory_frames=2, recency_guard=0, block_frames=1)
-TOKENS = 2
-
-
-@pytest.fixture(autouse=True)
-def no_gradients() -> Any:
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture
-def pipeline() -> Pipeline:
-    torch.manual_seed(0)
-    return Pipeline("Self-Forcing", **SIZES)
-
-
-def noise(frames: int, seed: int = 0) -> Tensor:
-    return torch.randn(1, frames, 16, 2, 4, generator=torch.Generator().manual_seed(seed))
-
-
-def generate(pipeline: Any, frames: int, *, first: int = 0, seed: int = 0, cache: Any = None, block: int = 1) -> Tensor:
-    """A video in one denoising step per block, as a pipeline would drive its model."""
-    cache = pipeline.cache(1, 5 * TOKENS) if cache is None else cache
-    prompt = torch.ones(1, 4, 8)
-    output = []
-    for start in range(first, first + frames, block):
-        latents = noise(frames, seed)[:, start - first : start - first + block]
-        for level in (1000.0, 0.0):
-            timestep = torch.full((1, block), level)
-            flow = pipeline.generator(latents, prompt, timestep, kv_cache=cache, current_start=start * TOKENS)
-            latents = latents - level / 1000 * flow
-        output.append(latents)
-    return torch.cat(output, dim=1)
+from support.tiny_videos import CONFIG, SIZES, TOKENS, generate, noise
 
 
 def test_memory_comes_back_and_changes_the_video(pipeline: Pipeline) -> None:
@@ -60,7 +29,8 @@ def test_memory_comes_back_and_changes_the_video(pipeline: Pipeline) -> None:
         assert all(len(entry.frames[0]) == min(2, entry.block_start - 5) for entry in patched.retrieved)
     with patch(pipeline, RetrievalConfig(context_frames=5, memory_frames=0, block_frames=1)):
         without = generate(pipeline, 12)
-    assert torch.equal(with_memory[:, :2], without[:, :2])
+    # What a young block sees stands in other columns of the table, so float32 sums over it run in another order.
+    torch.testing.assert_close(with_memory[:, :2], without[:, :2], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(with_memory[:, 8:], without[:, 8:])
 
 
@@ -95,63 +65,6 @@ def test_a_forward_that_was_replaced_already_comes_back(pipeline: Pipeline) -> N
     with patch(pipeline, CONFIG):
         assert attention.forward is not own
     assert vars(attention)["forward"] is own
-
-
-def test_released_caches_come_back_empty_on_unpatch(pipeline: Pipeline) -> None:
-    cache = pipeline.cache(1, 5 * TOKENS)
-    shape = cache[0]["k"].shape
-    expected_bytes = sum(layer[name].nbytes for layer in cache for name in ("k", "v"))
-    with patch(pipeline, CONFIG) as patched:
-        kept = generate(pipeline, 8)
-        assert patched.released_bytes == 0
-    with patch(pipeline, CONFIG, release_cache=True) as patched:
-        assert torch.equal(generate(pipeline, 8, cache=cache), kept)
-        assert patched.released_bytes == expected_bytes
-        assert all(layer["k"].numel() == layer["v"].numel() == 0 for layer in cache)
-    assert all(layer[name].shape == shape for layer in cache for name in ("k", "v"))
-
-
-def test_a_second_video_begins_at_frame_zero(pipeline: Pipeline) -> None:
-    cache = pipeline.cache(1, 5 * TOKENS)
-    with patch(pipeline, CONFIG) as patched:
-        first = generate(pipeline, 9, cache=cache)
-        second = generate(pipeline, 9, seed=1, cache=cache)
-        assert [entry.block_start for entry in patched.retrieved] == [6, 7, 8]
-        assert torch.equal(generate(pipeline, 9, cache=cache), first)
-    with patch(pipeline, CONFIG):
-        assert torch.equal(generate(pipeline, 9, seed=1), second)
-
-
-def test_a_video_in_a_new_cache_takes_over_the_memory_of_a_dead_one(pipeline: Pipeline) -> None:
-    with patch(pipeline, CONFIG) as patched:
-        first = generate(pipeline, 9)
-        pages = patched._sequences[0].sequence.memory.bank.k_pages[0]
-        gc.collect()
-        assert torch.equal(generate(pipeline, 9), first)
-        assert len(patched._sequences) == 1
-        assert patched._sequences[0].sequence.memory.bank.k_pages[0] is pages
-
-
-def test_two_caches_are_two_videos(pipeline: Pipeline) -> None:
-    """As with classifier-free guidance, whose passes alternate."""
-    caches = [pipeline.cache(1, 5 * TOKENS) for _ in range(2)]
-    prompt = torch.ones(1, 4, 8)
-    with patch(pipeline, CONFIG):
-        alone = [generate(pipeline, 9, seed=seed) for seed in range(2)]
-    with patch(pipeline, CONFIG):
-        output: list[list[Tensor]] = [[], []]
-        for start in range(9):
-            latents = [noise(9, seed)[:, start : start + 1] for seed in range(2)]
-            for level in (1000.0, 0.0):
-                for video, cache in enumerate(caches):
-                    flow = pipeline.generator(
-                        latents[video], prompt, torch.full((1, 1), level), kv_cache=cache, current_start=start * TOKENS
-                    )
-                    latents[video] = latents[video] - level / 1000 * flow
-            for video in range(2):
-                output[video].append(latents[video])
-    for video in range(2):
-        assert torch.equal(torch.cat(output[video], dim=1), alone[video])
 
 
 def test_two_patched_models_do_not_meet() -> None:
@@ -315,126 +228,6 @@ def test_frames_in_host_memory_give_the_same_video(pipeline: Pipeline) -> None:
         assert [entry.frames for entry in patched.retrieved] == retrieved
 
 
-class TestRefusals:
-    def test_an_unknown_module_is_told_what_was_looked_for_and_found(self) -> None:
-        class Other(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.q, self.k, self.v = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
-
-            def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-                return x
-
-        with pytest.raises(TypeError) as error:
-            patch(nn.ModuleList([Other()]), CONFIG)
-        for told in (
-            "looked for",
-            "norm_q",
-            "num_heads",
-            "kv_cache",
-            "current_start",
-            "found",
-            "Other",
-            "q, k, v",
-            "forward(x, mask)",
-        ):
-            assert told in str(error.value)
-
-    @pytest.mark.parametrize("model", [None, 3, nn.Linear(2, 2)])
-    def test_no_model_at_all(self, model: object) -> None:
-        with pytest.raises(TypeError, match=r"looked for .* found "):
-            patch(model, CONFIG)
-
-    def test_an_attention_of_no_known_family(self) -> None:
-        class Newer(Attention):
-            def forward(self, x, seq_lens, grid_sizes, freqs, block_mask, kv_cache=None, current_start=0, novelty=None):
-                return x
-
-        with pytest.raises(TypeError, match=r"novelty.*looked for.*cache_start.*MemFlow: is_recache"):
-            patch(Transformer(Newer, **SIZES), CONFIG)
-
-    def test_two_transformers(self, pipeline: Pipeline) -> None:
-        both = nn.ModuleDict({"student": pipeline.transformer, "teacher": Transformer(Attention, **SIZES)})
-        with pytest.raises(ValueError, match=r"2 causal transformers \('student', 'teacher'\)"):
-            patch(both, CONFIG)
-
-    def test_patched_twice(self, pipeline: Pipeline) -> None:
-        with patch(pipeline, CONFIG), pytest.raises(ValueError, match="patched already"):
-            patch(pipeline.transformer, CONFIG)
-
-    def test_other_frequencies(self, pipeline: Pipeline) -> None:
-        pipeline.transformer.freqs = pipeline.transformer.freqs**2
-        with pytest.raises(ValueError, match="model.freqs"):
-            patch(pipeline, CONFIG)
-
-    def test_blocks_longer_than_the_local_window(self, pipeline: Pipeline) -> None:
-        with patch(pipeline, CONFIG), pytest.raises(ValueError, match="local window of 2 .* blocks of 3"):
-            generate(pipeline, 6, block=3)
-
-    def test_a_pipeline_set_up_for_another_size(self, pipeline: Pipeline) -> None:
-        cache, prompt = pipeline.cache(1, 5 * TOKENS), torch.ones(1, 4, 8)
-        with patch(pipeline, CONFIG), pytest.raises(ValueError, match="current_start must be a multiple of 2"):
-            pipeline.generator(noise(1), prompt, torch.zeros(1, 1), kv_cache=cache, current_start=3)
-
-    def test_a_transformer_that_takes_no_latents(self, pipeline: Pipeline) -> None:
-        class Tokens(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.blocks = nn.ModuleList([Attention(32, 2)])
-
-            def forward(self, x: Tensor, kv_cache: Any, current_start: int) -> Tensor:
-                return self.blocks[0](x, None, torch.tensor([[1, 1, 2]]), None, None, kv_cache[0], current_start)
-
-        model = Tokens()
-        with patch(model, CONFIG), pytest.raises(ValueError, match=r"must hold latents of 1 frames.*no five-dim"):
-            model(torch.zeros(1, 2, 32), kv_cache=pipeline.cache(1, 10), current_start=0)
-
-    def test_config_of_another_kind(self, pipeline: Pipeline) -> None:
-        with pytest.raises(TypeError, match="config must be a RetrievalConfig, got dict"):
-            patch(pipeline, {"memory_frames": 6})
-
-    def test_a_draft_query_of_rolling_forcing(self) -> None:
-        with pytest.raises(ValueError, match="config.query must be 'latest' for Rolling Forcing"):
-            patch(Pipeline("Rolling Forcing", **SIZES), RetrievalConfig(query="draft"))
-
-
-def test_a_failed_patch_leaves_the_model_alone(pipeline: Pipeline) -> None:
-    pipeline.transformer.freqs = pipeline.transformer.freqs**2
-    with pytest.raises(ValueError):
-        patch(pipeline, CONFIG)
-    assert "forward" not in vars(pipeline.transformer)
-
-
-def test_longlive2_refuses_a_cache_that_is_emptied_within_a_block() -> None:
-    pipeline = Pipeline("LongLive 2", **SIZES)
-    cache, prompt = pipeline.cache(1, 5 * TOKENS), torch.ones(1, 4, 8)
-    with patch(pipeline, CONFIG):
-        generate(pipeline, 2, cache=cache)
-        call = {"kv_cache": cache, "current_start": 2 * TOKENS}
-        pipeline.generator(noise(1), prompt, torch.full((1, 1), 1000.0), **call)
-        for layer in cache:
-            layer["global_end_index"].fill_(2 * TOKENS)
-        with pytest.raises(ValueError, match="shot_clean_recache"):
-            pipeline.generator(noise(1), prompt, torch.zeros(1, 1), **call)
-
-
-def test_krea_refuses_a_cache_that_misses_frames() -> None:
-    """Of a block of three, a cache of three holds the first frame of the video and the newest two."""
-    pipeline = Pipeline("krea realtime", **SIZES)
-    cache, prompt = pipeline.cache(1, 8 * TOKENS), torch.ones(1, 4, 8)
-    config = RetrievalConfig(context_frames=6, sink_frames=1, memory_frames=2, block_frames=3)
-    with patch(pipeline, config):
-        pipeline.generator(noise(3), prompt, torch.full((1, 3), 500.0), kv_cache=cache, current_start=0)
-        call = {"kv_cache": cache, "current_start": 3 * TOKENS}
-        pipeline.transformer.block_mask = torch.ones(3 * TOKENS, 3 * TOKENS, dtype=torch.bool)
-        pipeline.generator(noise(3), prompt, torch.zeros(1, 3), **call)
-        pipeline.transformer.block_mask = None
-        pipeline.generator(noise(3), prompt, torch.full((1, 3), 500.0), **call)
-        pipeline.transformer.block_mask = torch.ones(3 * TOKENS, 3 * TOKENS, dtype=torch.bool)
-        with pytest.raises(ValueError, match="kv_cache_num_frames must be at least 4"):
-            pipeline.generator(noise(3), prompt, torch.zeros(1, 3), **call)
-
-
 def test_inference_mode_and_back(pipeline: Pipeline) -> None:
     with patch(pipeline, CONFIG) as patched:
         cache = pipeline.cache(1, 5 * TOKENS)
@@ -449,3 +242,56 @@ def test_wrapper_class_is_irrelevant() -> None:
     renamed = type("Anything", (Attention,), {})
     with patch(Wrapper(Transformer(renamed, **SIZES)), CONFIG) as patched:
         assert patched.family == "Self-Forcing"
+
+
+COPIES: dict[str, Callable[[nn.Module], object]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": pickle.dumps,
+    "torch.save": lambda module: torch.save(module, io.BytesIO()),
+}
+
+
+@pytest.mark.parametrize("way", sorted(COPIES))
+def test_a_patched_model_refuses_to_be_copied(pipeline: Pipeline, way: str) -> None:
+    """The copy would compute with the original's weights."""
+    with patch(pipeline, CONFIG):
+        for module in (pipeline.generator, pipeline.transformer, pipeline.transformer.blocks[0].self_attn):
+            with pytest.raises(TypeError, match=r"patched model cannot be copied.*unpatch\(\)"):
+                COPIES[way](module)
+        torch.save(pipeline.generator.state_dict(), io.BytesIO())
+    COPIES[way](pipeline.generator)
+
+
+def test_a_copy_of_an_unpatched_model_is_independent(pipeline: Pipeline) -> None:
+    with patch(pipeline, CONFIG):
+        expected = generate(pipeline, 8)
+    original, pipeline.generator = pipeline.generator, copy.deepcopy(pipeline.generator)
+    for parameter in original.parameters():
+        parameter.zero_()
+    with patch(pipeline, CONFIG):
+        assert torch.equal(generate(pipeline, 8), expected)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_an_embedding_may_be_a_path(pipeline: Pipeline, tmp_path: Path, suffix: str, kind: Any) -> None:
+    torch.manual_seed(1)
+    autoencoder = LatentAutoencoder(in_channels=16, height=2, width=4, embedding_dim=8, hidden_dims=(8,))
+    path = tmp_path / f"autoencoder{suffix}"
+    autoencoder.save(path)
+    with patch(pipeline, CONFIG, embedding=autoencoder):
+        expected = generate(pipeline, 12)
+    with patch(pipeline, CONFIG, embedding=kind(path)):
+        assert torch.equal(generate(pipeline, 12), expected)
+    with patch(pipeline, CONFIG):
+        assert not torch.equal(generate(pipeline, 12), expected)
+
+
+@pytest.mark.parametrize("embedding", [3, AveragePool, "missing.pt"])
+def test_an_embedding_that_is_none(pipeline: Pipeline, embedding: Any) -> None:
+    expected, message = (
+        (FileNotFoundError, "missing.pt") if embedding == "missing.pt" else (TypeError, "embedding must")
+    )
+    with pytest.raises(expected, match=message):
+        patch(pipeline, CONFIG, embedding=embedding)
+    assert "forward" not in vars(pipeline.transformer)

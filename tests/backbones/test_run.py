@@ -15,18 +15,23 @@ import sys
 sys.path.insert(0, {str(TESTS)!r})
 import torch
 from support.causal_doubles import Pipeline
-torch.set_grad_enabled(False)
+torch.set_grad_enabled("gradients" in sys.argv)
 torch.manual_seed(0)
 family, blocks = sys.argv[1], int(sys.argv[2])
 sizes = dict(dim=32, ffn_dim=32, freq_dim=16, text_dim=8, text_len=4, num_heads=2, num_layers=1)
 pipeline = Pipeline(family, **sizes)
 for video in range(2):
-    cache = pipeline.cache(1, 10)
+    cache, tokens = pipeline.cache(1, 10), 2 + 2 * video
     for block in range(blocks):
-        latents, prompt = torch.randn(1, 1, 16, 2, 4), torch.ones(1, 4, 8)
+        latents, prompt = torch.randn(1, 1, 16, 2, 4 + 4 * video), torch.ones(1, 4, 8)
         for level in (1000.0, 0.0):
-            pipeline.generator(latents, prompt, torch.full((1, 1), level), kv_cache=cache, current_start=block * 2)
+            pipeline.generator(latents, prompt, torch.full((1, 1), level), kv_cache=cache, current_start=block * tokens)
 print("sizes of the cache:", *cache[0]["k"].shape)
+"""
+NATIVE = """pipeline = Pipeline(family, **sizes)
+pipeline.generator.requires_grad_(True)
+for block in pipeline.transformer.blocks:
+    block.self_attn.uncached = lambda x, kv_cache: x  # as if the model had cached attention of its own
 """
 OPTIONS = ["--context-frames", "5", "--memory-frames", "2", "--recency-guard", "0", "--block-frames", "1"]
 
@@ -67,3 +72,26 @@ def test_a_config_that_does_not_fit_the_model(script: str) -> None:
 
 def test_the_script_s_own_status_is_passed_on() -> None:
     assert run("--", sys.executable, "-c", "raise SystemExit(7)").returncode == 7
+
+
+def test_a_script_whose_calls_need_gradients(script: str) -> None:
+    source = Path(script).read_text().replace("pipeline = Pipeline(family, **sizes)", NATIVE)
+    Path(script).write_text(source)
+    result = run(*OPTIONS, "--", sys.executable, script, "Self-Forcing", "2", "gradients")
+    assert result.returncode == 2
+    assert "no call of it went through memory" in result.stderr and "no_grad" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_torch_imported_by_a_pth_file(tmp_path: Path, script: str) -> None:
+    """It comes before sitecustomize, so nothing sees the import."""
+    (tmp_path / "early.pth").write_text("import torch\n")
+    packages = [path for path in sys.path if path.endswith("-packages")]
+    start = (
+        f"import sys; sys.path += {packages!r}; import site; site.addsitedir({str(tmp_path)!r}); "
+        f"assert 'torch' in sys.modules; site.main(); "
+        f"import runpy; sys.argv = ['script', 'LongLive', '9']; runpy.run_path({script!r})"
+    )
+    result = run(*OPTIONS, "--", sys.executable, "-S", "-c", start)
+    assert result.returncode == 0, result.stderr
+    assert "LongLive model patched, videos with memory: 2" in result.stderr

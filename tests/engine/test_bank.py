@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longlive_rag.bank import FrameBank
+from longlive_rag.bank import FrameBank, frame_bytes
 
 
 def bank(capacity: int, batch: int = 2, device_frames: int | None = None) -> FrameBank:
@@ -57,10 +57,26 @@ def test_within_the_capacity_nothing_is_allocated_or_moved() -> None:
     pages.clear()
     pages.reserve(range(100, 108), [])
     assert [pool.data_ptr() for pool in pages.k_pages + pages.v_pages] == before
+    assert pages.generation == 0
+
+
+def test_the_generation_says_when_pages_have_moved() -> None:
+    """What captured CUDA graphs go by: they hold the addresses of the pages."""
+    pages = bank(2)
+    for frame in range(12):
+        before = [pool.data_ptr() for pool in pages.k_pages + pages.v_pages], pages.generation
+        pages.reserve(range(frame, frame + 1), [])
+        after = [pool.data_ptr() for pool in pages.k_pages + pages.v_pages], pages.generation
+        assert (before[0] == after[0]) == (before[1] == after[1])
+    assert pages.generation == 3, "2, 4, 8 and 16 frames"
+    pages.close()
+    assert pages.generation == 4
 
 
 def test_frame_bytes() -> None:
-    assert bank(4).frame_bytes == 2 * 2 * 1 * 3 * 4 * 4
+    pages = bank(4, batch=3)
+    allocated = sum(pool.nbytes for pool in pages.k_pages + pages.v_pages)
+    assert frame_bytes(layers=2, heads=1, tokens=3, head_dim=4, dtype=torch.float32) == allocated // (4 * 3)
 
 
 @given(st.lists(st.lists(st.integers(0, 60), max_size=3), min_size=1, max_size=40), st.integers(1, 3))
@@ -87,5 +103,5 @@ def test_with_a_budget_frames_come_back_as_they_were(asked: list[list[int]], bat
 
 def test_a_budget_that_cannot_hold_one_block_is_refused() -> None:
     pages = bank(capacity=4, device_frames=2)
-    with pytest.raises(ValueError, match="device_frames must hold all that a block writes and sees"):
+    with pytest.raises(ValueError, match="device_frames must leave room for all that a block uses, 6 pages"):
         pages.reserve(range(3), [])

@@ -21,7 +21,6 @@ def test_the_defaults_are_the_papers() -> None:
         ({"sink_frames": True}, "sink_frames must be an integer"),
         ({"positions": "rotary"}, "positions must be one of relative, absolute, got 'rotary'"),
         ({"query": "newest"}, "query must be one of latest, draft, got 'newest'"),
-        ({"memory_position": 0}, "memory_position must be one of zero, ordered, true, got 0"),
         ({"context_frames": 200, "memory_frames": 65}, "memory_frames must be at most 64, got 65"),
     ],
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from longlive_rag import RetrievalConfig, RetrievalMemory, rotary
 from longlive_rag.embedding import AveragePool
+from longlive_rag.models import CausalWanModel
 from longlive_rag.selection import OracleSelection, RandomSelection, RecentSelection, UniformSelection
 
 LAYERS, HEADS, HEAD_DIM, GRID = 2, 2, 16, (2, 3)
@@ -59,7 +60,7 @@ def rotate_whole(x: Tensor, position: int) -> Tensor:
 
 
 def test_attention_is_the_papers() -> None:
-    """Against the plain way: keys rotated whole at the positions of method.md, concatenated, softmax."""
+    """Against the plain way: whole keys rotated at the paper's positions, concatenated, softmax."""
     engine = memory()
     history = []
     for start in range(12):
@@ -97,7 +98,7 @@ def test_a_new_video_in_the_same_buffers() -> None:
     pools = [pool.data_ptr() for pool in engine.bank.k_pages]
     frames = [entry.frames for entry in engine.retrieved]
     again = [run_block(engine, start, seed=start) for start in range(10)]
-    assert engine.finished == 10
+    assert engine.committed == 10
     assert [entry.frames for entry in engine.retrieved] == frames
     assert [pool.data_ptr() for pool in engine.bank.k_pages] == pools
     for one, other in zip(first, again, strict=True):
@@ -112,7 +113,7 @@ def test_a_block_begun_again_replaces_the_first_try() -> None:
     run_block(spoiled, 8, seed=999)
     for engine in (spoiled, clean):
         run_block(engine, 8, seed=8)
-    assert spoiled.finished == clean.finished == 9
+    assert spoiled.committed == clean.committed == 9
     a, b = run_block(spoiled, 9, seed=9), run_block(clean, 9, seed=9)
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -165,6 +166,69 @@ def test_a_device_budget_changes_nothing_but_where_pages_lie(query: str) -> None
         memory(config, device_frames=4)
 
 
+def test_rewritten_frames_come_back_as_rewritten() -> None:
+    """Whether or not they have been in host memory: the copy there must not outlive the page it was made of."""
+    chosen = [[0], [0]]
+    config = RetrievalConfig(context_frames=3, sink_frames=0, memory_frames=1, recency_guard=0, block_frames=1)
+    engines = [
+        memory(config, device_frames=limit, selection=OracleSelection(lambda start, batch: chosen))
+        for limit in (None, 4)
+    ]
+    outputs: list[list[Tensor]] = [[], []]
+    for start in range(16):
+        # Frame 0 leaves the device, comes back, is rewritten and leaves again; frame 1 is away when it is rewritten.
+        chosen[:] = [[0]] * 2 if start < 7 or 10 <= start < 12 else [[1 if start >= 14 else 2]] * 2
+        for engine, seen in zip(engines, outputs, strict=True):
+            engine.begin_block(start, 1)
+            layers, latents = draw(start, 2, 1)
+            seen += [engine.attend(layer, *qkv) for layer, qkv in enumerate(layers)]
+            if start in (6, 9):
+                for layer, (_, k, v) in enumerate(draw(100 + start, 2, 1)[0]):
+                    engine.rewrite(layer, [0 if start == 6 else 1], k, v)
+            engine.commit(latents)
+    assert engines[1].bank.capacity == 4
+    assert all(torch.equal(one, other) for one, other in zip(*outputs, strict=True))
+    with pytest.raises(ValueError, match="device_frames must leave room for all .* 10 pages for 2 videos, got 4"):
+        engines[1].rewrite(0, [2, 3], k[:, [0, 0]], v[:, [0, 0]])
+
+
+def test_rewriting_looks_its_pages_up_once_per_pass() -> None:
+    engine = memory()
+    for start in range(3):
+        run_block(engine, start, seed=start)
+    looked_up = []
+    slots = engine.bank.slots
+    engine.bank.slots = lambda frames: looked_up.append(frames) or slots(frames)  # type: ignore[assignment, func-returns-value]
+    for layer, (_, k, v) in enumerate(draw(5, 2, 2)[0]):
+        engine.rewrite(layer, range(1, 3), k, v)
+        pages = engine.bank.v_pages[layer][slots(torch.tensor([[1, 2]] * 2, dtype=torch.int32)).long()]
+        assert torch.equal(pages, v.transpose(2, 3))
+    assert len(looked_up) == 1
+
+
+def test_a_block_of_the_same_shape_finds_the_same_tables() -> None:
+    """A captured CUDA graph reads their addresses, also after a block of another length."""
+    engine = memory(RetrievalConfig(context_frames=5, sink_frames=1, memory_frames=1, recency_guard=1, block_frames=2))
+    run_block(engine, 0, seed=0, frames=2)
+    before = [table.data_ptr() for table in engine._tables]
+    run_block(engine, 2, seed=1, frames=1)
+    assert not set(before) & {table.data_ptr() for table in engine._tables}
+    run_block(engine, 3, seed=2, frames=2)
+    assert [table.data_ptr() for table in engine._tables] == before
+
+
+def test_a_memory_for_a_model_has_its_sizes() -> None:
+    model = CausalWanModel(
+        dim=32, ffn_dim=32, freq_dim=16, text_dim=8, text_len=4, num_heads=2, num_layers=3, in_dim=4, out_dim=4
+    ).bfloat16()
+    engine = RetrievalMemory.for_model(model, (2, 21, 4, 8, 12), SMALL, embedding=AveragePool(), capacity=7)
+    assert len(engine.bank.k_pages) == 3
+    assert engine.bank.k_pages[0].shape == (2 * 7, 2, 4 * 6, 16)
+    assert engine.bank.k_pages[0].dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="height and width divisible by the patch"):
+        RetrievalMemory.for_model(model, (2, 21, 4, 8, 11), SMALL, embedding=AveragePool())
+
+
 def test_each_video_retrieves_for_itself() -> None:
     together = memory(batch=2)
     alone = [memory(batch=1), memory(batch=1)]
@@ -188,7 +252,7 @@ def test_the_draft_query_asks_with_the_block_itself() -> None:
         context_frames=5, sink_frames=1, memory_frames=2, recency_guard=0, block_frames=1, query="draft"
     )
     engine = memory(config, batch=1)
-    scenes = torch.randn(3, 4, 4, 6)
+    scenes = torch.randn(3, 4, 4, 6, generator=torch.Generator().manual_seed(0))
     for start in range(12):
         engine.begin_block(start, 1)
         draft = scenes[start % 3][None, None]

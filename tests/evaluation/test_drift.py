@@ -17,7 +17,7 @@ PERIOD = 16
 
 
 def textured_frame(offset: int, noise: float, rng: np.random.Generator) -> np.ndarray:
-    """A float frame [120, 160, 3] around 0.45: waves of a known period that move, a little color, fine noise."""
+    """A float frame [120, 160, 3] around 0.45: waves of a known period that move, a little colour, fine noise."""
     wave = np.sin(2 * np.pi * (np.arange(160) + offset) / PERIOD)
     image = 0.45 + 0.12 * np.tile(wave, (120, 1))[..., None] + np.array([0.10, -0.02, -0.08])
     return image + rng.normal(0, noise, image.shape)
@@ -64,7 +64,7 @@ def add_noise(frame, amount, rng):
 
 
 def add_color_noise(frame, amount, rng):
-    """Noise that leaves the gray image as it is."""
+    """Noise that leaves the grey image as it is."""
     if not amount:
         return frame
     noise = rng.normal(0, amount, frame.shape)
@@ -114,7 +114,7 @@ def test_noise_raises_sharpness_and_detail_with_its_strength():
     for metric in ("sharpness", "high_frequency", "color_detail"):
         values = [drift[metric] for drift in drifts]
         assert values == sorted(values) and values[1] > 0.05, metric
-    # Far above the base noise, color detail is noise alone and grows in proportion to it.
+    # Far above the base noise, colour detail is noise alone and grows in proportion to it.
     assert (1 + drifts[3]["color_detail"]) / (1 + drifts[2]["color_detail"]) == pytest.approx(2, rel=0.03)
 
 

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from longlive_rag.cli import main
-from longlive_rag.generation.video import VideoWriter, read_video
+from longlive_rag.generation.video import VideoWriter
 from longlive_rag.models import CausalWanModel
 from support.tiny_wan import save_diffusers_folder, save_original_folder
+from support.video_files import read_video
 
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -93,11 +94,17 @@ def test_video_is_that_of_rollout_and_decoding_at_once(generate, parts, monkeypa
     assert np.array_equal(np.concatenate(written), expected.numpy())
 
 
-def test_layouts_and_low_memory_do_not_change_the_video(generate, tmp_path):
-    prompt = ["--prompt", "a cat"]
-    assert generate(*prompt, output="a") == 0
-    assert generate(*prompt, "--low-memory", wan="diffusers", output="b") == 0
-    assert (tmp_path / "a" / "0000-a-cat.mp4").read_bytes() == (tmp_path / "b" / "0000-a-cat.mp4").read_bytes()
+def test_layouts_and_low_memory_do_not_change_the_video(generate, monkeypatch):
+    written = []
+    monkeypatch.setattr(VideoWriter, "write", lambda self, frames: written[-1].append(frames.astype(int)))
+    for arguments in ({"wan": "original"}, {"wan": "diffusers"}):
+        written.append([])
+        low_memory = ["--low-memory"] if arguments["wan"] == "diffusers" else []
+        assert generate("--prompt", "a cat", *low_memory, **arguments) == 0
+    one, other = (np.concatenate(frames) for frames in written)
+    # Weights are mapped from the files, at other addresses in each layout, for which the CPU's library may add up in
+    # another order: one step of 8 bits, for rounding.
+    assert np.abs(one - other).max() <= 1
 
 
 def test_a_device_budget_does_not_change_the_video(generate, tmp_path, capsys):
@@ -136,7 +143,12 @@ def test_prompt_file_resumes_and_ranks_share_it(generate, tmp_path, capsys, monk
     assert generate("--prompts", str(prompts), "--seed", "1", "--memory-frames", "3", length=ONE_BLOCK) == 2
     error = capsys.readouterr().err
     assert "seed 0, now 1" in error and "memory_frames 6, now 3" in error and error.count("\n") == 1
-    (videos / "0002-a-guitar.json").unlink()
+    log = videos / "0002-a-guitar.json"
+    earlier = json.loads(log.read_text())
+    earlier["settings"]["memory"]["memory_position"] = "zero"  # an option of earlier versions
+    log.write_text(json.dumps(earlier))
+    assert generate("--prompts", str(prompts), length=ONE_BLOCK) == 0, "an earlier version's report is understood"
+    log.unlink()
     assert generate("--prompts", str(prompts), length=ONE_BLOCK) == 2
     assert "0002-a-guitar.mp4 is there without a readable 0002-a-guitar.json" in capsys.readouterr().err
     assert generate("--prompts", str(prompts), "--overwrite", "--memory-frames", "0", length=ONE_BLOCK) == 0

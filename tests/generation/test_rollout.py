@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longlive_rag import RetrievalConfig, rollout, stream
-from longlive_rag.generation.sampling import denoise, warp_steps
+from longlive_rag.generation.sampling import PAPER_STEPS, Sampling, denoise, warp_steps
 from longlive_rag.models import CausalWanModel
 
 CONFIG = RetrievalConfig(context_frames=6, sink_frames=1, memory_frames=2, recency_guard=1, block_frames=2)
@@ -39,6 +39,17 @@ def test_streaming_yields_what_rollout_collects(model: CausalWanModel) -> None:
     assert torch.equal(torch.cat([block.embeddings for block in blocks], dim=1), result.embeddings)
     assert [b.retrieval.frames for b in blocks if b.retrieval] == [entry.frames for entry in result.retrieved]
     assert not result.interrupted
+
+
+def test_a_sampling_is_what_rollout_takes_apart(model: CausalWanModel) -> None:
+    settings = {"denoising_steps": (1000, 400), "timestep_shift": 3.0, "context_noise": 20.0, "seed": 7}
+    blocks = stream(model, noise(8).split(2, dim=1), PROMPT, CONFIG, sampling=Sampling(**settings))
+    result = rollout(model, noise(8), PROMPT, CONFIG, **settings)
+    assert torch.equal(torch.cat([block.latents for block in blocks], dim=1), result.latents)
+    assert Sampling().denoising_steps == PAPER_STEPS and Sampling().timesteps == warp_steps(PAPER_STEPS, 5.0)
+    for name in settings:
+        other = rollout(model, noise(8), PROMPT, CONFIG, **{**settings, name: getattr(Sampling(), name)})
+        assert not torch.allclose(other.latents, result.latents), name
 
 
 def test_a_seed_fixes_the_video_and_each_video_of_a_batch_has_its_own(model: CausalWanModel) -> None:
@@ -108,6 +119,7 @@ def test_a_draft_query_retrieves_for_the_block_at_hand(model: CausalWanModel) ->
         ({"denoising_steps": [250, 500]}, ValueError, "denoising_steps must descend strictly"),
         ({"denoising_steps": []}, ValueError, "denoising_steps must descend strictly"),
         ({"timestep_shift": 0}, ValueError, "timestep_shift must be positive, got 0"),
+        ({"seed": -1}, ValueError, r"seed must be from 0 to 2\*\*63 - 1, got -1"),
         ({"context_noise": 1001}, ValueError, "context_noise must be a timestep from 0 to 1000"),
         ({"given": noise(3)}, ValueError, "given must hold whole blocks of 2 latent frames, got 3"),
         ({"given": noise(2, batch=2)}, ValueError, r"given must be \[1, n, 4, 4, 6\] like the noise"),

@@ -6,7 +6,8 @@ import av
 import numpy as np
 import pytest
 
-from longlive_rag.generation.video import VideoReader, VideoWriter, read_video, side_by_side
+from longlive_rag.generation.video import VideoReader, VideoWriter
+from support.video_files import read_video
 
 
 def moving_gradient(frames: int, height: int = 48, width: int = 64) -> np.ndarray:
@@ -71,14 +72,6 @@ def test_no_frame_leaves_no_file(tmp_path):
     with VideoWriter(tmp_path / "video.mp4", fps=8) as writer:
         writer.write(np.zeros((0, 48, 64, 3), np.uint8))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_reading_stops_at_max_frames(tmp_path):
-    path = tmp_path / "video.mp4"
-    with VideoWriter(path, fps=8) as writer:
-        writer.write(moving_gradient(10))
-    assert len(read_video(path, max_frames=4)[0]) == 4
-    assert len(read_video(path, max_frames=40)[0]) == 10
 
 
 @pytest.mark.parametrize(
@@ -148,26 +141,6 @@ def test_truncated_video_is_refused(tmp_path):
     path.write_bytes(data[:200])
     with pytest.raises(ValueError, match=r"video\.mp4 (is not a readable video|holds no video)"):
         read_video(path)
-
-
-def test_side_by_side_keeps_every_panel_and_labels_it():
-    names = ("one", "two", "three")
-    panels = {name: np.full((2, 49, 65, 3), value, np.uint8) for name, value in zip(names, (60, 120, 180), strict=True)}
-    grid = side_by_side(panels, columns=2)
-    assert grid.shape[0] == 2
-    assert grid.shape[1] % 2 == 0 and grid.shape[2] % 2 == 0
-    for value in (60, 120, 180):
-        assert (grid[0] == value).all(axis=-1).sum() >= 49 * 65
-    bar = grid[0, :20, :65]
-    assert bar.min() < 80 and bar.max() == 255, "the label is dark on white"
-    assert not np.array_equal(grid[0, :20, :65], grid[0, :20, 69 : 69 + 65])
-
-
-def test_side_by_side_refuses_panels_of_different_shapes():
-    with pytest.raises(ValueError, match="one shape"):
-        side_by_side({"a": moving_gradient(3), "b": moving_gradient(4)})
-    with pytest.raises(ValueError, match="at least one video"):
-        side_by_side({})
 
 
 def test_reader_holds_one_frame_at_a_time(tmp_path):

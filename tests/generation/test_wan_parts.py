@@ -72,12 +72,14 @@ def test_streaming_gives_the_frames_of_decoding_at_once(files, blocks):
     torch.manual_seed(0)
     latents = torch.randn(7, 16, 4, 6)
     decoder = decoder_of(files)
+    whole = decoder.decode(latents)
     vae = decoder.vae
     z = latents.transpose(0, 1)[None] * torch.tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
     z = z + torch.tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
     with torch.no_grad():
-        whole = vae.decode(z).sample[0].permute(1, 2, 3, 0)
-    whole = ((whole + 1) * 127.5).round().byte()
+        expected = vae.decode(z).sample[0].permute(1, 2, 3, 0)
+    # diffusers applies the first convolution to all frames at once, in other shapes: up to the rounding to 8 bits.
+    assert (whole.float() - (expected + 1) * 127.5).abs().max() < 0.51
 
     for _ in range(2):  # a second video must begin afresh
         decoder.reset()

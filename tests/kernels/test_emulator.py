@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from support import emulated
 
 PROGRAM = r"""
-#include "cuda/platform.cuh"
+#include "core/platform.cuh"
 #include "cuda/ptx/cp_async.cuh"
 
 #include <cstdio>
@@ -84,7 +85,8 @@ def program() -> Path:
     ],
 )
 def test_faults_are_caught(program: Path, fault: str, verdict: str, order: str) -> None:
-    result = subprocess.run([program, fault], capture_output=True, text=True, check=True, env={"SIMT_ORDER": order})
+    environment = {**os.environ, "SIMT_ORDER": order}
+    result = subprocess.run([program, fault], capture_output=True, text=True, check=True, env=environment)
     assert result.stdout.startswith(verdict)
 
 

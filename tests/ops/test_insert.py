@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -138,7 +140,44 @@ def test_pools_at_any_address(device: torch.device) -> None:
     assert torch.equal(moved, pages)
 
 
-def test_a_frame_does_not_depend_on_its_batch(device: torch.device) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pairs", [19, 20])
+def test_weight_and_rotation_at_any_address(device: torch.device, dtype: torch.dtype, pairs: int) -> None:
+    """Views that begin in the middle of a 16-byte word give what their copies give."""
+    torch.manual_seed(2)
+    k = torch.randn(1, 1, 3, 2, 64).to(device, dtype)
+    slots = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    weight, rotation = torch.rand(128).to(device, dtype), rotation_table(3, pairs).to(device)
+    pages = [poisoned(1, 2, 3, 64, dtype=dtype, device=device) for _ in range(4)]
+    ops.insert(k, k, weight, rotation, pages[0], pages[1], slots)
+    weight, rotation = (torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x) for x in (weight, rotation))
+    ops.insert(k, k, weight, rotation, pages[2], pages[3], slots)
+    assert torch.equal(pages[0], pages[2])
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 4, 2, 64), (1, 0, 4, 2, 64), (1, 1, 4, 0, 64)])
+def test_nothing_to_insert(device: torch.device, shape: tuple[int, ...]) -> None:
+    batch, frames, tokens, heads, head_dim = shape
+    k = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+    pages = poisoned(2, 1, heads, tokens, head_dim, dtype=k.dtype, device=device)
+    slots = torch.zeros(batch, frames, dtype=torch.int32, device=device)
+    out = ops.insert(k, k, None, torch.zeros(tokens, 0, 2, device=device), *pages, slots, q=k)
+    assert out is not None and out.shape == (batch, frames * tokens, heads, head_dim) and pages.isnan().all()
+
+
+def test_heads_of_no_dimension(device: torch.device) -> None:
+    """The operation itself, whose caller checks strides that such a tensor has not."""
+    k = torch.zeros(1, 1, 4, 2, 0, dtype=torch.bfloat16, device=device)
+    pages = torch.zeros(2, 1, 2, 4, 0, dtype=k.dtype, device=device)
+    slots = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    rotation = torch.zeros(4, 0, 2, device=device)
+    out = torch.ops.longlive_rag.insert(k, k, None, rotation, pages[0], pages[1], slots, EPS, k, None)
+    assert out.shape == (1, 4, 2, 0)
+
+
+def test_a_frame_does_not_depend_on_its_batch(
+    device: torch.device, assert_same: Callable[[Tensor, Tensor], None]
+) -> None:
     torch.manual_seed(1)
     k = torch.randn(3, 2, 6, 4, 64).to(device, torch.bfloat16)
     weight, rotation = torch.rand(256, device=device), rotation_table(6, 20).to(device)
@@ -149,7 +188,8 @@ def test_a_frame_does_not_depend_on_its_batch(device: torch.device) -> None:
         for f in range(2):
             frame = k[b : b + 1, f : f + 1]
             ops.insert(frame, frame, weight, rotation, *alone, slots[b : b + 1, f : f + 1])
-    assert torch.equal(together[0], alone[0]) and torch.equal(together[1], alone[1])
+    assert_same(together[0], alone[0])
+    assert torch.equal(together[1], alone[1])
 
 
 def test_pages_beyond_32_bit_offsets(device: torch.device) -> None:
@@ -158,7 +198,11 @@ def test_pages_beyond_32_bit_offsets(device: torch.device) -> None:
     pool = 2**31 // (heads * tokens * head_dim) + 2
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 10 * 2**30:
         pytest.skip("needs 10 GB of free GPU memory")
-    k_pages, v_pages = (torch.empty(pool, heads, tokens, head_dim, dtype=torch.bfloat16, device=device) for _ in "kv")
+    try:
+        pages = [torch.empty(pool, heads, tokens, head_dim, dtype=torch.bfloat16, device=device) for _ in "kv"]
+    except RuntimeError as error:
+        pytest.skip(f"needs 9 GB of address space: {error}")
+    k_pages, v_pages = pages
     k = torch.randn(1, 1, tokens, heads, head_dim).to(device, torch.bfloat16)
     slots = torch.full((1, 1), pool - 1, dtype=torch.int32, device=device)
     ops.insert(k, k, None, torch.empty(tokens, 0, 2, device=device), k_pages, v_pages, slots)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -90,10 +92,12 @@ def test_range_on_the_device(device: torch.device) -> None:
 
 def test_ties_go_to_the_lower_index(device: torch.device) -> None:
     torch.manual_seed(0)
-    keys = torch.randn(1, 300, 64, device=device)
+    # Small integers and a power of two for the length of the best: sums are exact, so in any order the same. A matrix
+    # product of PyTorch's need not treat all of its rows alike.
+    keys = torch.randint(-8, 9, (1, 300, 64)).float().to(device)
+    same = [7, 31, 32, 33, 150, 200, 299]
+    keys[0, same] = torch.randint(0, 2, (64,)).mul(2).sub(1).float().to(device)
     inverse_norms = 1 / keys.norm(dim=-1)
-    same = [7, 31, 32, 33, 150, 299]
-    keys[0, same], inverse_norms[0, same] = keys[0, 200].clone(), inverse_norms[0, 200].clone()
     indices, similarity = ops.retrieve(keys[:, 200], keys, inverse_norms, 0, 300, 6)
     assert indices[0].tolist() == [7, 31, 32, 33, 150, 200]
     assert similarity[0].unique().numel() == 1
@@ -130,7 +134,9 @@ def test_repeats_bit_for_bit(device: torch.device) -> None:
     assert torch.equal(once[0], again[0]) and torch.equal(once[1], again[1])
 
 
-def test_a_sample_does_not_depend_on_its_batch(device: torch.device) -> None:
+def test_a_sample_does_not_depend_on_its_batch(
+    device: torch.device, assert_same: Callable[[Tensor, Tensor], None]
+) -> None:
     torch.manual_seed(0)
     keys, inverse_norms = stored(device, torch.float32, 5, 90, 24)
     query = torch.randn(5, 24, device=device)
@@ -138,7 +144,8 @@ def test_a_sample_does_not_depend_on_its_batch(device: torch.device) -> None:
     for b in range(5):
         one = slice(b, b + 1)
         alone = ops.retrieve(query[one], keys[one], inverse_norms[one], 0, 90, 6)
-        assert torch.equal(alone[0], indices[one]) and torch.equal(alone[1], similarity[one])
+        assert torch.equal(alone[0], indices[one])  # neighbours are 1e-3 apart
+        assert_same(alone[1], similarity[one])
 
 
 def test_views_need_no_copy(device: torch.device) -> None:
@@ -150,19 +157,11 @@ def test_views_need_no_copy(device: torch.device) -> None:
         check(torch.randn(2, 16, device=device), part, norms, 0, part.shape[1], 4)
 
 
-def test_into_the_table_of_attend(device: torch.device) -> None:
+def test_keys_with_gaps_in_their_rows(device: torch.device) -> None:
     torch.manual_seed(0)
-    keys, inverse_norms = stored(device, torch.float32, 2, 30, 16)
-    query = torch.randn(2, 16, device=device)
-    frame_slots = torch.randperm(64, dtype=torch.int32)[:60].view(2, 30).to(device)
-    table = torch.full((2, 12), -9, dtype=torch.int32, device=device)
-    bounds = torch.tensor([2, 9], dtype=torch.int32, device=device), torch.tensor(12, dtype=torch.int32, device=device)
-    indices, _ = ops.retrieve(query, keys, inverse_norms, *bounds, 6, frame_slots=frame_slots, slots=table[:, 1:7])
-    assert torch.equal(indices, ops.retrieve(query, keys, inverse_norms, *bounds, 6)[0])
-    assert (indices[0] >= 2).all() and indices[1, 3:].tolist() == [-1, -1, -1]
-    expected = [[int(frame_slots[b, i]) if i >= 0 else -1 for i in indices[b].tolist()] for b in range(2)]
-    assert table[:, 1:7].tolist() == expected
-    assert (table[:, [0, 7, 8, 9, 10, 11]] == -9).all()
+    store, _ = stored(device, torch.float32, 2, 40, 32)
+    keys = store[..., ::2]
+    check(torch.randn(2, 16, device=device), keys, 1 / keys.norm(dim=-1), 0, 40, 4)
 
 
 @pytest.mark.cuda

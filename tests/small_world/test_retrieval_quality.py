@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from longlive_rag import RetrievalConfig
-from longlive_rag.small_world import world
-from longlive_rag.small_world.backbone import ASSETS, load_codec
 from longlive_rag.embedding import AveragePool, LatentAutoencoder
+from longlive_rag.generation.video import VideoWriter
+from longlive_rag.small_world import embeddings, world
+from longlive_rag.small_world.backbone import ASSETS, load_backbone, load_codec
 from longlive_rag.small_world.embeddings import (
     comparison_table,
     draw_comparison,
@@ -21,7 +22,6 @@ from longlive_rag.small_world.embeddings import (
     world_videos,
 )
 from longlive_rag.small_world.retrieval_quality import effective_rank, retrieval_quality, similarity_by_lag
-from longlive_rag.generation.video import VideoWriter
 
 CONFIG = RetrievalConfig(context_frames=6, sink_frames=1, memory_frames=2, recency_guard=5, block_frames=1)
 WALK = world.walk("cuts", 60)
@@ -106,6 +106,21 @@ def test_intervals_contain_their_mean(truth):
             assert value["low"] <= value["mean"] <= value["high"]
 
 
+def test_rollouts_are_searched_by_the_embedding_that_is_given(monkeypatch):
+    monkeypatch.setattr(embeddings, "ROLLOUT_TRACK", "cuts")
+    monkeypatch.setattr(embeddings, "ROLLOUT_LAPS", 2)
+    searched = []
+
+    class Recording(AveragePool):
+        def embed(self, latents: torch.Tensor) -> torch.Tensor:
+            searched.append(len(latents))
+            return super().embed(latents)
+
+    result = embeddings.measure_in_rollouts(Recording(), load_backbone(), load_codec(), videos=2)
+    assert searched and 0.8 < result["mean"] <= 1 and result["videos"] == 2
+    assert result["chance"] < 0.3
+
+
 def test_report_of_embeddings(truth, tmp_path: Path):
     video = tmp_path / "clip.mp4"
     with VideoWriter(video, fps=16) as writer:
@@ -118,12 +133,14 @@ def test_report_of_embeddings(truth, tmp_path: Path):
         "small_world": {name: measure_on_world(each, truth, CONFIG) for name, each in everything.items()},
         "files": {str(video): {name: measure_alone(each, latents) for name, each in everything.items()}},
     }
+    assert comparison_table(report).splitlines()[2].endswith("-")  # no roll-outs
+    report["small_world"]["encoder"]["rollouts"] = {"mean": 0.75, "low": 0.5, "high": 1.0, "videos": 2, "chance": 0.1}
     assert report["files"][str(video)]["encoder"] is None  # made for 16 channels, not for 3 colours
     json.dumps(report, allow_nan=False)
     draw_comparison(report, tmp_path / "embeddings.png")
     assert (tmp_path / "embeddings.png").stat().st_size > 10_000
     table = comparison_table(report)
-    assert "average pool" in table and "for other latents" in table
+    assert "average pool" in table and "for other latents" in table and "0.750 [0.500, 1.000]" in table
 
 
 def test_the_bundled_encoder_finds_the_place_and_mostly_the_beat(truth):

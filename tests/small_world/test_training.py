@@ -1,18 +1,27 @@
 """What the backbone is trained on is what the roll-out computes."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+import longlive_rag
+import train_backbone
+import train_codec
+import training_data
+from joint_attention import JointAttention
 from longlive_rag import rotary
 from longlive_rag.context import UNUSED, ContextPlan
-from longlive_rag.small_world import training_data, world
-from longlive_rag.small_world.backbone import Backbone, load_codec, load_encoder
-from longlive_rag.small_world.joint_attention import JointAttention
-from longlive_rag.small_world.policies import POLICIES
-from longlive_rag.small_world.training_data import CHUNK, COLUMNS, NOISY, LatentWorld
 from longlive_rag.memory import RetrievalMemory
 from longlive_rag.selection import OracleSelection
+from longlive_rag.small_world import world
+from longlive_rag.small_world.backbone import SmallBackbone, load_backbone, load_codec, load_encoder
+from longlive_rag.small_world.policies import POLICIES
+from training_data import CHUNK, COLUMNS, NOISY, LatentWorld
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "small_world"
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +38,7 @@ def chosen_frames(start: int, batch: int) -> list[list[int]]:
 @torch.no_grad()
 def test_joint_attention_equals_the_cached_rollout(name):
     torch.manual_seed(0)
-    model, config, batch = Backbone(dim=64, ffn_dim=64, num_heads=1, num_layers=3), POLICIES[name].config, 2
+    model, config, batch = SmallBackbone(dim=64, ffn_dim=64, num_heads=1, num_layers=3), POLICIES[name].config, 2
     clean, noisy = torch.randn(2, batch, CHUNK, 16, 8, 8)
     views = torch.randint(world.VIEWS, (batch, CHUNK))
     memory = RetrievalMemory(
@@ -121,3 +130,34 @@ def test_a_batch_keeps_its_promises(latent_world):
     for value in training_data.noise_levels():
         assert ((level[:, 1:] - value).abs() < 1e-5).any()
     assert torch.isfinite(batch.latents).all() and (batch.weight > 0).all()
+
+
+def run_example(monkeypatch: pytest.MonkeyPatch, main, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments)])
+    main()
+
+
+def test_the_scripts_write_weights_that_load_into_the_folder_they_are_given(tmp_path, monkeypatch):
+    output = tmp_path / "new" / "weights"
+    run_example(monkeypatch, train_codec.main, "--output", output, "--steps", 2, "--batch", 2)
+    codec = output / "codec.safetensors"
+    load_codec(codec)
+    for resume in ([], ["--resume"]):
+        run_example(monkeypatch, train_backbone.main, "--output", output, "--codec", codec, "--minutes", 0, *resume)
+        load_backbone(output / "backbone.safetensors")
+    assert {path.name for path in output.iterdir()} == {
+        "codec.safetensors",
+        "backbone.safetensors",
+        "backbone.state",
+    }
+
+
+def test_the_wheel_holds_no_training_of_the_small_world():
+    root, package = EXAMPLE.parents[1], Path(longlive_rag.__file__).parent
+    # The wheel is the package's folder and nothing else.
+    assert 'wheel.packages = ["python/longlive_rag"]' in (root / "pyproject.toml").read_text()
+    scripts = {path.name for path in EXAMPLE.glob("*.py")}
+    assert {"train_codec.py", "train_backbone.py"} < scripts
+    assert not scripts & {path.name for path in package.rglob("*.py")}
+    for path in (package / "small_world").glob("*.py"):
+        assert "torch.optim" not in path.read_text(), path

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from longlive_rag import RetrievalConfig
+from longlive_rag.models import CausalWanModel
+from longlive_rag.ranks import Ranks
 from longlive_rag.small_world import world
 from longlive_rag.small_world.backbone import load_codec
-from longlive_rag.models import CausalWanModel
+from longlive_rag.small_world.corpus import WorldSource, random_walk
 from longlive_rag.training import corpus as corpus_module
 from longlive_rag.training.corpus import video_path, write_corpus
-from longlive_rag.ranks import Ranks
 from longlive_rag.training.latents import LatentVideo
-from longlive_rag.training.sources import GeneratorSource, WorldSource, random_walk
+from longlive_rag.training.sources import GeneratorSource
 
 
 class Numbers:

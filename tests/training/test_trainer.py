@@ -11,18 +11,18 @@ import pytest
 import torch
 
 from longlive_rag.embedding import LatentAutoencoder
-from longlive_rag.training.config import TrainingConfig, TrainingOptions
 from longlive_rag.ranks import Ranks
+from longlive_rag.training.config import TrainingConfig, TrainingOptions
 from longlive_rag.training.latents import open_corpus
-from longlive_rag.training.trainer import BEST, LAST, METRICS, Trainer
+from longlive_rag.training.trainer import BEST, LAST, METRICS, AutoencoderTrainer
 
 CONFIG = TrainingConfig(epochs=3, batch=2, embedding_dim=8, hidden_dims=(8,), learning_rate=3e-3)
 
 
-def trainer(folder: Path, output: Path, config: TrainingConfig = CONFIG, **options: object) -> Trainer:
+def trainer(folder: Path, output: Path, config: TrainingConfig = CONFIG, **options: object) -> AutoencoderTrainer:
     output.mkdir(exist_ok=True)
     corpus = open_corpus(folder, config.chunk_frames)
-    return Trainer(config, corpus, output, ranks=Ranks(), device=torch.device("cpu"), **options)
+    return AutoencoderTrainer(config, corpus, output, ranks=Ranks(), device=torch.device("cpu"), **options)
 
 
 def outcome(output: Path) -> tuple[dict, list[dict]]:
@@ -195,7 +195,7 @@ def test_sizes_default_to_the_paper_and_for_small_frames_to_less():
 def test_it_learns_in_mixed_precision_on_a_gpu(latents_folder: Path, tmp_path: Path):
     config = replace(CONFIG, epochs=30, delta_weight=0, smooth_weight=0)
     (tmp_path / "run").mkdir()
-    run = Trainer(
+    run = AutoencoderTrainer(
         config, open_corpus(latents_folder, 8), tmp_path / "run", ranks=Ranks(), device=torch.device("cuda", 0)
     )
     assert run.dtype == torch.float16 and run.scaler.is_enabled()

@@ -1,14 +1,15 @@
-"""A whole block: denoising steps and clean pass of a Wan transformer with random weights, with and without memory."""
+"""block: all denoising steps and the clean pass of a Wan transformer with random weights, with and without memory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from longlive_rag import RetrievalConfig, RetrievalMemory
-from longlive_rag.bench.common import Call, Machine, Row
+from longlive_rag.bench.common import Call, Case, Machine, Row
 from longlive_rag.embedding import AveragePool
 from longlive_rag.models import CausalWanModel
 
@@ -23,30 +24,36 @@ PASSES = 5
 START = 30
 
 
+def cases(machine: Machine) -> dict[str, Case]:
+    return {
+        name: partial(measure, machine, name, *sizes) for name, sizes in (CASES if machine.cuda else CPU_CASES).items()
+    }
+
+
 @torch.no_grad()
-def rows(machine: Machine) -> Iterator[Row]:
+def measure(machine: Machine, case: str, arguments: dict[str, Any], latent: tuple[int, int]) -> Row:
+    """One memory after the other, since a GPU may not hold two beside the model."""
     dtype = torch.bfloat16 if machine.cuda else torch.float32
-    for case, (arguments, latent) in (CASES if machine.cuda else CPU_CASES).items():
-        with torch.device(machine.device):
-            torch.set_default_dtype(dtype)
-            try:
-                model = CausalWanModel.from_size(**arguments) if "size" in arguments else CausalWanModel(**arguments)
-            finally:
-                torch.set_default_dtype(torch.float32)
-        prompt = model.prepare_prompt(torch.randn(1, model.text_len, model.text_dim, device=machine.device).to(dtype))
-        calls, memories = [], []
-        for config in (RetrievalConfig(), RetrievalConfig(memory_frames=0)):
-            memory = _filled(config, model, machine, dtype, latent)
-            memories.append(memory)
-            calls.append(_passes(model, prompt, memory, latent, machine, dtype))
-        ours, without_memory = machine.seconds(calls, sets=1)
-        peers: dict[str, float | None] = {"without memory, same context": without_memory}
-        if machine.cuda:
-            (peers["no CUDA graph"],) = machine.seconds(calls[:1], sets=1, graph=False)
-        yield Row("block", case, ours, peers=peers)
-        for memory in memories:
+    with torch.device(machine.device):
+        torch.set_default_dtype(dtype)
+        try:
+            model = CausalWanModel.from_size(**arguments) if "size" in arguments else CausalWanModel(**arguments)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    prompt = model.prepare_prompt(torch.randn(1, model.text_len, model.text_dim, device=machine.device).to(dtype))
+
+    def seconds(config: RetrievalConfig, *, graph: bool = True) -> float:
+        memory = _filled(config, model, machine, dtype, latent)
+        try:
+            return machine.seconds([_passes(model, prompt, memory, latent, machine, dtype)], sets=1, graph=graph)[0]
+        finally:
             memory.close()
-        del model, prompt, calls, memories
+
+    ours = seconds(RetrievalConfig())
+    peers: dict[str, float | None] = {"without memory, same context": seconds(RetrievalConfig(memory_frames=0))}
+    if machine.cuda:
+        peers["no CUDA graph"] = seconds(RetrievalConfig(), graph=False)
+    return Row("block", case, ours, peers=peers)
 
 
 def _passes(

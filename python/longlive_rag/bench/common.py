@@ -1,12 +1,15 @@
 """Timing, limits and tables that all benchmarks share.
 
 On a GPU a figure is the median over replays of a CUDA graph. The graph calls the operation once on each of several sets
-of random data, together larger than the L2 cache, so that no call finds its input there; zeros would run faster.
+of random data (zeros would run faster), together twice the L2 cache, so that no call finds its input there. At most
+`MAX_SETS` are made, so inputs of less than a megabyte or two (`retrieve` of 64 keys) do stay in L2.
 """
 
 from __future__ import annotations
 
 import functools
+import gc
+import math
 import platform
 import statistics
 import time
@@ -18,12 +21,22 @@ from typing import Any
 import torch
 
 import longlive_rag
+from longlive_rag import figures
 from longlive_rag.native import cuda_status
 
 Call = Callable[[int], object]
 """Runs once on the data set of that number."""
+Case = Callable[[], "Row"]
+"""Measures one case."""
 
 REPLAYS = 25
+MAX_SETS = 64
+HEAD_START_CYCLES = 2_000_000
+"""About a millisecond, in which the host launches a graph while the GPU is still busy. On an idle stream, some 10 us of
+the launch would be counted."""
+LOAD_SECONDS = 1.0
+"""How long the GPU is kept busy while nvidia-smi reads its clocks."""
+_PRODUCT_SIZE = 8192
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,13 @@ class Machine:
         return self.device.type == "cuda"
 
     @functools.cached_property
+    def hopper(self) -> bool:
+        """Whether `attend` uses its Hopper kernel here."""
+        if not self.cuda or "sm_90a" not in cuda_status().architectures:
+            return False
+        return torch.cuda.get_device_capability(self.device) == (9, 0)
+
+    @functools.cached_property
     def copy_rate(self) -> float:
         """Bytes per second, read and written, of a large copy."""
         count = 2**30 if self.cuda else 2**25
@@ -46,7 +66,7 @@ class Machine:
     @functools.cached_property
     def matmul_rate(self) -> float:
         """Multiplications and additions per second of a large matrix product: bfloat16 on a GPU, float32 elsewhere."""
-        size = 8192 if self.cuda else 512
+        size = _PRODUCT_SIZE if self.cuda else 512
         dtype = torch.bfloat16 if self.cuda else torch.float32
         a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
         return 2 * size**3 / self.seconds([lambda _: a @ b], sets=1)[0]
@@ -58,17 +78,19 @@ class Machine:
         return self.seconds([lambda _: one.add_(1)], sets=64)[0]
 
     def seconds(self, calls: Sequence[Call], *, sets: int, graph: bool = True) -> list[float]:
-        """Median seconds of one call of each, measured in turns so that a change of clocks meets all alike.
+        """Median seconds of one call of each, measured in turns so that a change of clocks affects all alike.
 
         Args:
-            sets: data sets, on which a call is made in turn.
-            graph: capture in a CUDA graph; False for a call that synchronises with the host.
+            sets: data sets; each call is made on all of them in turn.
+            graph: on a GPU, capture in a CUDA graph; False for a call that synchronises with the host, or to count the
+                launches.
         """
-        runs = [self._prepare(call, sets, graph and self.cuda) for call in calls]
+        graph = graph and self.cuda
+        runs = [self._prepare(call, sets, graph) for call in calls]
         samples: list[list[float]] = [[] for _ in runs]
         for _ in range(REPLAYS if self.cuda else 5):
             for run, sample in zip(runs, samples, strict=True):
-                sample.append(self._time(run) / sets)
+                sample.append(self._time(run, graph) / sets)
         return [statistics.median(sample) for sample in samples]
 
     def _prepare(self, call: Call, sets: int, graph: bool) -> Callable[[], object]:
@@ -89,12 +111,14 @@ class Machine:
             run()
         return captured.replay
 
-    def _time(self, run: Callable[[], object]) -> float:
+    def _time(self, run: Callable[[], object], graph: bool) -> float:
         if not self.cuda:
             begun = time.perf_counter()
             run()
             return time.perf_counter() - begun
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if graph:
+            torch.cuda._sleep(HEAD_START_CYCLES)
         begin.record()
         run()
         end.record()
@@ -102,10 +126,17 @@ class Machine:
         return begin.elapsed_time(end) / 1e3
 
     def sets(self, bytes_per_set: int) -> int:
-        """Data sets that together are twice the L2 cache; one on a CPU."""
+        """Data sets that together are twice the L2 cache, at most `MAX_SETS`; one on a CPU."""
         if not self.cuda:
             return 1
-        return max(1, min(64, -(-2 * torch.cuda.get_device_properties(self.device).L2_cache_size // bytes_per_set)))
+        l2_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
+        return max(1, min(MAX_SETS, -(-2 * l2_bytes // bytes_per_set)))
+
+    def free(self) -> None:
+        """Give back the GPU memory of what is no longer referenced, so that the next case finds room."""
+        if self.cuda:
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def facts(self) -> dict[str, Any]:
         """What a stored result has to say about its machine."""
@@ -121,11 +152,20 @@ class Machine:
             **facts,
             "kernels": "CUDA" if cuda_status().available else "none: the PyTorch reference was measured",
             "cuda": torch.version.cuda,
-            "clocks": _clocks(),
+            "clocks_under_load": self._clocks_under_load(),
             "copy_TB_per_s": round(self.copy_rate / 1e12, 3),
             "matmul_TFLOP_per_s": round(self.matmul_rate / 1e12, 1),
             "launch_us": round(self.launch_time * 1e6, 2),
         }
+
+    def _clocks_under_load(self) -> str:
+        """Clocks while matrix products run; those of an idle GPU say nothing about a measurement."""
+        a, b = (torch.randn(_PRODUCT_SIZE, _PRODUCT_SIZE, device=self.device).to(torch.bfloat16) for _ in range(2))
+        for _ in range(math.ceil(LOAD_SECONDS * self.matmul_rate / (2 * _PRODUCT_SIZE**3))):
+            a @ b
+        clocks = _clocks()
+        torch.cuda.synchronize(self.device)
+        return clocks
 
 
 def machine() -> Machine:
@@ -137,7 +177,14 @@ def machine() -> Machine:
 
 @dataclass(frozen=True)
 class Row:
-    """One case: our time, the least that the machine allows, the peers' times, in seconds; None: cannot run here."""
+    """One case, times in seconds.
+
+    Attributes:
+        ours: our time.
+        limit, limit_is: the least time that the machine allows, and by what.
+        peers: their times; None: cannot run here.
+        goal: the time to reach.
+    """
 
     operation: str
     case: str
@@ -145,6 +192,7 @@ class Row:
     limit: float | None = None
     limit_is: str = ""
     peers: dict[str, float | None] = field(default_factory=dict)
+    goal: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         ratios = {name: peer / self.ours for name, peer in self.peers.items() if peer is not None}
@@ -158,8 +206,8 @@ def duration(seconds: float | None) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Ours, limit and peers; behind each peer how many times longer it takes."""
-    lines = [["operation", "case", "ours", "limit", "of limit", "peers (times ours)"]]
+    """Ours, limit, goal and peers; behind each peer how many times longer it takes."""
+    lines = [["operation", "case", "ours", "limit", "of limit", "goal", "peers (times ours)"]]
     for row in rows:
         peers = ", ".join(
             f"{name} {duration(peer)}" + (f" ({peer / row.ours:.2f}x)" if peer is not None else "")
@@ -167,21 +215,17 @@ def table(rows: Sequence[Row]) -> str:
         )
         share = f"{row.limit / row.ours:.0%}" if row.limit else "-"
         limit = f"{duration(row.limit)} {row.limit_is}" if row.limit else "-"
-        lines.append([row.operation, row.case, duration(row.ours), limit, share, peers])
-    widths = [max(len(line[column]) for line in lines) for column in range(5)]
+        goal = f"{duration(row.goal)}, {'reached' if row.ours <= row.goal else 'missed'}" if row.goal else "-"
+        lines.append([row.operation, row.case, duration(row.ours), limit, share, goal, peers])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[5]]).rstrip()
-        for line in lines
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Bars of our time, the limit and the peers, each relative to ours."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 1 + 0.7 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figures.figure(10, 1 + 0.7 * len(rows))
     axes = figure.add_subplot()
     for place, row in enumerate(rows):
         times = {"ours": row.ours, **{name: peer for name, peer in row.peers.items() if peer is not None}}
@@ -197,11 +241,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("time relative to ours; red: the machine's limit")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    figures.save(figure, path, dpi=150)
 
 
 def _clocks() -> str:
-    """Clock of the multiprocessors and of the memory in MHz, as nvidia-smi tells them."""
+    """Clocks of the multiprocessors and of the memory, and the power limit, from nvidia-smi."""
     import subprocess
 
     query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from longlive_rag import ops, rotary
-from longlive_rag.bench.common import Machine, Row
+from longlive_rag.bench.common import Case, Machine, Row
 
 # heads, rows and columns of tokens, frames of a block; head_dim 128
 CASES = {
@@ -21,46 +21,38 @@ CPU_CASES = {"2 heads, 8 x 12 tokens": (2, 8, 12, 3)}
 HEAD_DIM = 128
 
 
-def rows(machine: Machine) -> Iterator[Row]:
-    for case, (heads, height, width, frames) in (CASES if machine.cuda else CPU_CASES).items():
-        dtype = torch.bfloat16 if machine.cuda else torch.float32
-        tokens, dim = height * width, heads * HEAD_DIM
-        like: dict[str, Any] = {"device": machine.device, "dtype": dtype}
-        moved = 6 * frames * tokens * dim * dtype.itemsize  # K, V and Q, read and written
-        sets = machine.sets(moved)
-        fused = [torch.randn(1, frames, tokens, 3, heads, HEAD_DIM, **like) for _ in range(sets)]
-        pages = [torch.zeros(2, frames, heads, tokens, HEAD_DIM, **like) for _ in range(sets)]
-        weights = torch.rand(2, dim, **like)
-        rotation = rotary.spatial_rotation(height, width, HEAD_DIM, machine.device)
-        slots = torch.arange(frames, dtype=torch.int32, device=machine.device)[None]
+def cases(machine: Machine) -> dict[str, Case]:
+    return {
+        name: partial(measure, machine, name, *sizes) for name, sizes in (CASES if machine.cuda else CPU_CASES).items()
+    }
 
-        def ours(
-            index: int,
-            fused: list[Tensor] = fused,
-            pages: list[Tensor] = pages,
-            weights: Tensor = weights,
-            rotation: Tensor = rotation,
-            slots: Tensor = slots,
-        ) -> object:
-            q, k, v = fused[index].unbind(3)
-            return ops.insert(
-                k, v, weights[0], rotation, pages[index][0], pages[index][1], slots, q=q, q_weight=weights[1]
-            )
 
-        def eager(
-            index: int,
-            fused: list[Tensor] = fused,
-            pages: list[Tensor] = pages,
-            weights: Tensor = weights,
-            rotation: Tensor = rotation,
-        ) -> Tensor:
-            q, k, v = fused[index].unbind(3)
-            pages[index][0].copy_(_norm_and_rotate(k, weights[0], rotation)[0].transpose(1, 2))
-            pages[index][1].copy_(v[0].transpose(1, 2))
-            return _norm_and_rotate(q, weights[1], rotation)
+def measure(machine: Machine, case: str, heads: int, height: int, width: int, frames: int) -> Row:
+    dtype = torch.bfloat16 if machine.cuda else torch.float32
+    tokens, dim = height * width, heads * HEAD_DIM
+    like: dict[str, Any] = {"device": machine.device, "dtype": dtype}
+    moved = 6 * frames * tokens * dim * dtype.itemsize  # K, V and Q, read and written
+    sets = machine.sets(moved)
+    fused = [torch.randn(1, frames, tokens, 3, heads, HEAD_DIM, **like) for _ in range(sets)]
+    pages = [torch.zeros(2, frames, heads, tokens, HEAD_DIM, **like) for _ in range(sets)]
+    k_weight, q_weight = torch.rand(2, dim, **like)
+    rotation = rotary.spatial_rotation(height, width, HEAD_DIM, machine.device)
+    slots = torch.arange(frames, dtype=torch.int32, device=machine.device)[None]
 
-        mine, theirs = machine.seconds([ours, eager], sets=sets)
-        yield Row("insert", case, mine, moved / machine.copy_rate, "copy rate", {"PyTorch": theirs})
+    def ours(index: int) -> object:
+        q, k, v = fused[index].unbind(3)
+        k_pages, v_pages = pages[index]
+        return ops.insert(k, v, k_weight, rotation, k_pages, v_pages, slots, q=q, q_weight=q_weight)
+
+    def eager(index: int) -> Tensor:
+        q, k, v = fused[index].unbind(3)
+        k_pages, v_pages = pages[index]
+        k_pages.copy_(_norm_and_rotate(k, k_weight, rotation)[0].transpose(1, 2))
+        v_pages.copy_(v[0].transpose(1, 2))
+        return _norm_and_rotate(q, q_weight, rotation)
+
+    mine, theirs = machine.seconds([ours, eager], sets=sets)
+    return Row("insert", case, mine, moved / machine.copy_rate, "copy rate", {"PyTorch": theirs})
 
 
 def _norm_and_rotate(x: Tensor, weight: Tensor, rotation: Tensor) -> Tensor:

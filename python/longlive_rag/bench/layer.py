@@ -1,15 +1,15 @@
-"""One attention layer of a block, from projected q, k and v to its output, against the naive way to do it."""
+"""layer: one attention layer of a block, from projected q, k and v to its output, against the naive way to do it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from longlive_rag import RetrievalConfig, RetrievalMemory, rotary
-from longlive_rag.bench.common import Machine, Row
+from longlive_rag.bench.common import Case, Machine, Row
 from longlive_rag.embedding import AveragePool
 
 # heads, rows and columns of tokens; head_dim 128
@@ -20,43 +20,36 @@ START = 30
 """First frame of the measured block: far enough in for the context and its memory to be full."""
 
 
-def rows(machine: Machine) -> Iterator[Row]:
+def cases(machine: Machine) -> dict[str, Case]:
+    return {
+        name: partial(measure, machine, name, *sizes) for name, sizes in (CASES if machine.cuda else CPU_CASES).items()
+    }
+
+
+def measure(machine: Machine, case: str, heads: int, height: int, width: int) -> Row:
     dtype = torch.bfloat16 if machine.cuda else torch.float32
-    for case, (heads, height, width) in (CASES if machine.cuda else CPU_CASES).items():
-        config = RetrievalConfig()
-        memory = _filled(config, machine, dtype, heads, (height, width))
-        window = _filled(RetrievalConfig(memory_frames=0), machine, dtype, heads, (height, width))
-        naive = NaiveLayer(config, machine, dtype, heads, (height, width))
-        frames, tokens = config.block_frames, height * width
-        sets = machine.sets(3 * frames * tokens * heads * HEAD_DIM * dtype.itemsize)
-        fused = [
-            torch.randn(1, frames, tokens, 3, heads, HEAD_DIM, device=machine.device).to(dtype) for _ in range(sets)
-        ]
-        weight = torch.ones(heads * HEAD_DIM, device=machine.device, dtype=dtype)
+    config = RetrievalConfig()
+    memory = _filled(config, machine, dtype, heads, (height, width))
+    window = _filled(RetrievalConfig(memory_frames=0), machine, dtype, heads, (height, width))
+    naive = NaiveLayer(config, machine, dtype, heads, (height, width))
+    frames, tokens = config.block_frames, height * width
+    sets = machine.sets(3 * frames * tokens * heads * HEAD_DIM * dtype.itemsize)
+    fused = [torch.randn(1, frames, tokens, 3, heads, HEAD_DIM, device=machine.device).to(dtype) for _ in range(sets)]
+    weight = torch.ones(heads * HEAD_DIM, device=machine.device, dtype=dtype)
 
-        def attend(
-            index: int, memory: RetrievalMemory = memory, fused: list[Tensor] = fused, weight: Tensor = weight
-        ) -> object:
-            q, k, v = fused[index].unbind(3)
-            return memory.attend(0, q, k, v, q_weight=weight, k_weight=weight)
+    def attend(engine: RetrievalMemory, index: int) -> object:
+        q, k, v = fused[index].unbind(3)
+        return engine.attend(0, q, k, v, q_weight=weight, k_weight=weight)
 
-        def attend_window(
-            index: int, window: RetrievalMemory = window, fused: list[Tensor] = fused, weight: Tensor = weight
-        ) -> object:
-            q, k, v = fused[index].unbind(3)
-            return window.attend(0, q, k, v, q_weight=weight, k_weight=weight)
+    def attend_naively(index: int) -> object:
+        q, k, v = fused[index].unbind(3)
+        return naive.attend(q, k, v, weight)
 
-        def attend_naively(
-            index: int, naive: NaiveLayer = naive, fused: list[Tensor] = fused, weight: Tensor = weight
-        ) -> object:
-            q, k, v = fused[index].unbind(3)
-            return naive.attend(q, k, v, weight)
-
-        ours, without_memory = machine.seconds([attend, attend_window], sets=sets)
-        (theirs,) = machine.seconds([attend_naively], sets=min(sets, 4), graph=False)
-        work = 4 * frames * tokens * config.context_frames * tokens * heads * HEAD_DIM
-        peers: dict[str, float | None] = {"without memory, same context": without_memory, "naive": theirs}
-        yield Row("layer", case, ours, work / machine.matmul_rate, "matmul rate", peers)
+    ours, without_memory = machine.seconds([partial(attend, memory), partial(attend, window)], sets=sets)
+    (theirs,) = machine.seconds([attend_naively], sets=min(sets, 4), graph=False)
+    work = 4 * frames * tokens * config.context_frames * tokens * heads * HEAD_DIM
+    peers: dict[str, float | None] = {"without memory, same context": without_memory, "naive": theirs}
+    return Row("layer", case, ours, work / machine.matmul_rate, "matmul rate", peers)
 
 
 @torch.no_grad()

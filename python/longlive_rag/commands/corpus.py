@@ -4,47 +4,59 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from longlive_rag.training.corpus import LatentSource, write_corpus
 from longlive_rag.ranks import Ranks
+from longlive_rag.training.corpus import LatentSource, write_corpus
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Make a corpus of clean latents, one safetensors file a video, for `longlive-rag train`.
+    """Generate the clean latents that `longlive-rag train` learns from, one safetensors file per video.
 
-    Videos that are there already are kept, so an interrupted run is simply started again. Under torchrun the ranks
-    share the work, over GPUs and machines.
+    Existing files are kept, so an interrupted run continues when it is started again. Under torchrun, the processes
+    share the work across GPUs and machines.
+
+    Examples:
+      longlive-rag corpus --output corpus
+      longlive-rag corpus --output corpus --source self-forcing --videos 1000 \\
+          --checkpoint self_forcing_dmd.pt --wan-dir Wan2.1-T2V-1.3B \\
+          --prompts prompts.txt
     """
+
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "what to make": ("output", "source", "videos", "frames", "height", "width", "seed"),
+        "Wan-family sources": ("checkpoint", "lora", "wan_dir", "prompts"),
+        "machine": ("batch", "device"),
+    }
 
     output: Path
     """Folder for the latents; created if it is missing."""
     source: Literal["small-world", "world", "self-forcing", "causal-forcing", "longlive", "wan"] = "small-world"
-    """What makes the videos: the bundled small-world backbone; "world": the small world's true videos, encoded; or a
-    Wan-family checkpoint."""
+    """Where the videos come from: small-world is the bundled backbone, world the small world's true videos, encoded;
+    the others are Wan-family checkpoints."""
     videos: int = 96
-    """How many."""
+    """Number of videos."""
     frames: int | None = None
-    """Latent frames of each; default 64 in the small world, else 90, the paper's."""
+    """Latent frames per video. Default: 64 for the small world, or 90 (as in the paper) for Wan."""
     seed: int = 0
-    """Of prompts and noise; video i is the same whatever it is made together with."""
+    """Seed of prompts and noise; each video depends only on the seed and its number."""
     batch: int = 8
-    """Videos the small-world backbone makes together; Wan makes one at a time."""
+    """Videos that the small-world backbone generates at once; Wan generates one at a time."""
     checkpoint: Path | None = None
-    """The Wan-family transformer's weights."""
+    """Weights of the transformer."""
     lora: Path | None = None
-    """LoRA to merge into them (LongLive's)."""
+    """LoRA to merge into the weights (LongLive has one)."""
     wan_dir: Path | None = None
-    """Folder with Wan's text encoder, tokenizer and VAE."""
+    """Folder with the text encoder, tokenizer and VAE of Wan2.1-T2V-1.3B."""
     prompts: Path | None = None
-    """Prompt pool for Wan: text file with one prompt per line."""
+    """Text file with one prompt per line."""
     height: int = 480
-    """Pixels of Wan's videos, a multiple of 16."""
+    """Height of Wan's videos, a multiple of 16."""
     width: int = 832
-    """Pixels of Wan's videos, a multiple of 16."""
+    """Width of Wan's videos, a multiple of 16."""
     device: str | None = None
-    """Default: the GPU if there is one."""
+    """cpu, cuda or cuda:N. Default: the GPU if there is one."""
 
     def run(self) -> int:
         for name in ("videos", "batch"):
@@ -61,28 +73,15 @@ class Corpus:
         return 0
 
     def _source(self, ranks: Ranks) -> LatentSource:
-        from longlive_rag.small_world.backbone import DENOISING_STEPS, TIMESTEP_SHIFT, load_backbone, load_codec
-        from longlive_rag.small_world.policies import POLICIES
-        from longlive_rag.training.sources import SMALL_WORLD_SHAPE, GeneratorSource, WorldSource, small_world_prompts
+        from longlive_rag.small_world.backbone import load_backbone, load_codec
+        from longlive_rag.small_world.corpus import WorldSource, rollout_source
 
         frames = self.frames or (64 if self.source in ("small-world", "world") else 90)
         if self.source == "world":
             return WorldSource(load_codec(), frames, self.seed)
         device = ranks.device(self.device)
         if self.source == "small-world":
-            model = load_backbone().to(device)
-            return GeneratorSource(
-                model,
-                small_world_prompts(model, frames, self.seed),
-                SMALL_WORLD_SHAPE,
-                frames,
-                POLICIES["retrieval"].config,
-                denoising_steps=DENOISING_STEPS,
-                timestep_shift=TIMESTEP_SHIFT,
-                seed=self.seed,
-                name=self.source,
-                batch=self.batch,
-            )
+            return rollout_source(load_backbone().to(device), frames, seed=self.seed, batch=self.batch)
         from longlive_rag.training.wan_source import wan_source
 
         return wan_source(

@@ -9,27 +9,31 @@ from typing import Literal
 
 from longlive_rag.files import output_folder, write_json
 
-LEAST_FRAMES = 120
+MIN_FRAMES = 120
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Generate a long video under every context policy with the bundled small backbone, and see which one stays itself.
+    """Generate the same long video under every context policy, and see which policy stays true to its beginning.
 
-    Needs no GPU and no download. Leaves a video for each policy, comparison.mp4 (side by side), memory.png and
-    report.json.
+    Uses the bundled small backbone: no GPU, no download, a few minutes on a CPU. Writes one video per policy,
+    comparison.mp4 (all of them side by side), memory.png (what was retrieved) and report.json.
+
+    Examples:
+      longlive-rag demo --output demo
+      longlive-rag demo --output pans --track pans --laps 8
     """
 
     output: Path
     """Folder for the results; created if it is missing."""
     seed: int = 0
-    """Of the noise and of the inhabitants."""
+    """Seed of the noise and of the inhabitants."""
     laps: int = 5
-    """Times the camera goes over the whole world; at least 2, and always enough for 120 frames."""
+    """Number of times the camera goes round the whole world: at least 2, and raised to reach 120 frames."""
     track: Literal["cuts", "pans"] = "cuts"
-    """The camera cuts between four places, or pans over them and back."""
+    """What the camera does: cut between four places, or pan across them and back."""
     videos: int = 4
-    """Videos per policy that the report counts; the first is written."""
+    """Videos generated per policy for the report, at least 2; only the first is written to disk."""
 
     def run(self) -> int:
         if self.laps < 2:
@@ -43,17 +47,17 @@ class Demo:
         from tqdm import tqdm
 
         from longlive_rag.small_world import report, world
-        from longlive_rag.small_world.measure import Job, measure_all
+        from longlive_rag.small_world.measure import Condition, measure_all
         from longlive_rag.small_world.policies import POLICIES, SHOWN
 
         begun = time.monotonic()
-        frames = max(LEAST_FRAMES, world.lap_frames(self.track, self.laps))
+        frames = max(MIN_FRAMES, world.lap_frames(self.track, self.laps))
         walk = world.walk(self.track, frames)
         with tqdm(total=2 * len(SHOWN) * frames, unit="frame", desc="generating", smoothing=0.05) as progress:
             results = measure_all(
                 self.track, frames, policies=SHOWN, seed=self.seed, videos=self.videos, tick=progress.update
             )
-        shown = {name: results[Job(name, given=False)][1] for name in SHOWN}
+        shown = {name: results[Condition(name, given=False)][1] for name in SHOWN}
         for name, videos in tqdm(shown.items(), unit="video", desc="writing"):
             report.write_video(folder / f"{name}.mp4", videos.frames[0])
         clips = {name: videos.frames[0] for name, videos in shown.items()}
@@ -63,7 +67,7 @@ class Demo:
         policies = {
             name: {
                 "label": POLICIES[name].label,
-                **report.entry(walk, results[Job(name, given=True)][0], results[Job(name, given=False)][0]),
+                **report.entry(walk, results[Condition(name, given=True)][0], results[Condition(name, given=False)][0]),
             }
             for name in SHOWN
         }

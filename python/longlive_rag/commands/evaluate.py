@@ -7,28 +7,31 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from tqdm import tqdm
 
 from longlive_rag.evaluation.drift import METRICS, SEGMENT_FRAMES, Drift, check_segment_frames, measure_drift
 from longlive_rag.evaluation.drift_report import draw_drift, drift_table
 from longlive_rag.files import output_folder, write_json
 from longlive_rag.generation.video import VideoReader
+from longlive_rag.options import Positional
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure the drift of videos: relative change of sharpness, color and more, last segment against first.
+    """Measure how far videos drift: the relative change of sharpness, colour and more from first segment to last.
 
-    Leaves report.json and drift.png in the output folder. Videos of any length are read in bounded memory.
+    Writes report.json and drift.png. Memory use does not grow with the length of a video.
+
+    Examples:
+      longlive-rag evaluate sliding_window.mp4 retrieval.mp4 --output drift
     """
 
-    videos: tyro.conf.Positional[tuple[Path, ...]]
-    """Video files, of any format that ffmpeg reads."""
+    videos: Positional[tuple[Path, ...]]
+    """Video files in any format that FFmpeg reads."""
     output: Path
     """Folder for report.json and drift.png; created if it is missing."""
     segment_frames: int = SEGMENT_FRAMES
-    """Frames in the first and in the last segment, which are compared."""
+    """Length of the first and of the last segment, in frames."""
 
     def run(self) -> int:
         if not self.videos:

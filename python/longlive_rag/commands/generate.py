@@ -7,12 +7,11 @@ import importlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-import tyro
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,7 +20,8 @@ from longlive_rag.config import RetrievalConfig
 from longlive_rag.embedding import AveragePool, Embedding, LatentAutoencoder
 from longlive_rag.files import output_folder
 from longlive_rag.generation.pipeline import Pipeline, VideoSettings
-from longlive_rag.generation.rollout import PAPER_STEPS
+from longlive_rag.generation.prompts import read_prompts
+from longlive_rag.generation.sampling import PAPER_STEPS, Sampling
 from longlive_rag.generation.wan_files import BACKBONES, WanFiles, find_checkpoint, find_wan_files, from_where
 from longlive_rag.ranks import Ranks
 
@@ -29,7 +29,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 
 @dataclass(frozen=True)
-class Job:
+class PromptVideo:
     """A prompt and where its video goes."""
 
     prompt: str
@@ -40,60 +40,76 @@ class Job:
 class Generate:
     """Generate long videos with retrieval memory from a Wan-family checkpoint and prompts.
 
-    Leaves, for each prompt, a video that grows as it is made, and beside it what each block retrieved (JSON, PNG).
-    Videos that are there already are skipped, so an interrupted run goes on where it stopped. Under torchrun, each
-    process takes its share of the prompts.
+    Writes one video per prompt, which can be watched while it grows, with a log of what each block retrieved (JSON and
+    PNG) next to it. Finished videos are skipped, so an interrupted run continues when it is started again. Under
+    torchrun, the processes share the prompts.
+
+    Examples:
+      longlive-rag generate --backbone self-forcing \\
+          --checkpoint self_forcing_dmd.pt --wan-dir Wan2.1-T2V-1.3B --seconds 60 \\
+          --prompt "A red fox walks through snow" --output videos
+      torchrun --nproc-per-node 8 --no-python longlive-rag generate \\
+          --backbone longlive --checkpoint longlive_base.pt --lora lora.pt \\
+          --wan-dir Wan2.1-T2V-1.3B --prompts prompts.txt --output videos
     """
 
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "what to make": ("output", "prompt", "prompts", "seconds", "fps", "height", "width", "overwrite"),
+        "weights": ("backbone", "wan_dir", "checkpoint", "weights", "lora", "lora_alpha", "embedding"),
+        "context policy": ("policy",),
+        "sampling": ("denoising_steps", "timestep_shift", "context_noise", "seed"),
+        "machine": ("device", "dtype", "low_memory", "device_frames"),
+    }
+
     backbone: Literal["self-forcing", "causal-forcing", "longlive", "wan"]
-    """Family of the checkpoint; wan: any causal few-step model with Wan's transformer."""
+    """Family of the checkpoint; wan is any other causal few-step model with Wan's transformer."""
     wan_dir: Path
-    """Folder with text encoder, tokenizer and VAE: Wan2.1-T2V-1.3B, Wan's own layout or diffusers'."""
+    """Folder with the text encoder, tokenizer and VAE of Wan2.1-T2V-1.3B, in Wan's or diffusers' layout."""
     output: Path
     """Folder for the videos; created if it is missing."""
     checkpoint: Path | None = None
-    """The transformer's weights: .pt, .safetensors, an index of shards, or a folder."""
+    """Weights of the transformer: .pt, .safetensors, an index of shards, or a folder."""
     lora: Path | None = None
-    """LoRA to merge into them (LongLive's)."""
+    """LoRA to merge into the weights (LongLive has one)."""
     lora_alpha: float | None = None
-    """Scale of the LoRA times its rank; default the rank."""
+    """Alpha of the LoRA, whose scale is alpha / rank. Default: its rank."""
     weights: str | None = None
-    """Entry of a .pt checkpoint to take, such as generator_ema; default what the backbone's authors evaluate."""
+    """Entry of a .pt checkpoint to load, such as generator_ema. Default: the one that the authors evaluate."""
     prompt: str | None = None
-    """The prompt."""
+    """Text that describes the video; either this or --prompts must be given."""
     prompts: Path | None = None
-    """Text file with one prompt per line, instead of --prompt."""
+    """Text file with one prompt per line, for one video each."""
     seconds: float = 30.0
     """Length of each video, rounded up to whole blocks."""
     fps: float = 16.0
-    """Pictures per second of the video."""
+    """Frames per second of the video file."""
     height: int = 480
-    """Pixels, a multiple of 16."""
+    """A multiple of 16."""
     width: int = 832
-    """Pixels, a multiple of 16."""
-    memory: Annotated[RetrievalConfig, tyro.conf.arg(name="")] = field(default_factory=RetrievalConfig)
+    """A multiple of 16."""
+    policy: RetrievalConfig = field(default_factory=RetrievalConfig)
     """The context policy."""
     embedding: Path | None = None
-    """Checkpoint of the retrieval autoencoder that memory is searched by; default the mean of each latent channel."""
+    """Checkpoint of the retrieval autoencoder used to search memory. Default: the mean of each latent channel."""
     denoising_steps: tuple[float, ...] = PAPER_STEPS
-    """Timesteps before the shift, descending from 1000."""
+    """Timesteps in descending order from 1000, before the shift."""
     timestep_shift: float = 5.0
     """Shift of the noise schedule."""
     context_noise: float = 0.0
-    """Timestep of the clean pass, whose keys and values later blocks see."""
+    """Timestep of the clean pass, which writes the keys and values that later blocks attend to."""
     seed: int = 0
-    """Of the noise; the same for every prompt."""
+    """Seed of the noise, the same for every prompt."""
     device: str = "auto"
-    """cpu, cuda or cuda:N; auto: a GPU if there is one, under torchrun that of the process."""
+    """cpu, cuda, cuda:N or auto: the GPU if there is one, under torchrun that of the process."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Of weights and memory; auto: bfloat16 on a GPU, float32 on a CPU."""
+    """Precision of weights and memory; auto is bfloat16 on a GPU and float32 on a CPU."""
     low_memory: bool = False
-    """Run the text encoder on the CPU, and keep the VAE there while the transformer works."""
+    """Run the text encoder on the CPU, and keep the VAE there while the transformer runs."""
     device_frames: int | None = None
-    """Latent frames whose keys and values stay on the GPU, at least context_frames; older ones wait in host memory and
-    come back when they are retrieved. Default: as many as fit."""
+    """Latent frames whose keys and values stay on the GPU, at least --context-frames; older ones move to host memory
+    and come back when they are retrieved. Default: as many as fit."""
     overwrite: bool = False
-    """Make videos again that are there already."""
+    """Generate finished videos again."""
 
     def run(self) -> int:
         settings, prompts = self._settings(), self._prompts()
@@ -107,9 +123,9 @@ class Generate:
         published_lora = BACKBONES[self.backbone].lora
         if published_lora is not None and self.lora is None:
             print(f"Note: without --lora. {self.backbone} is a base and {from_where([published_lora], Path('.'))}")
-        if self.device_frames is not None and self.device_frames < settings.memory.context_frames:
+        if self.device_frames is not None and self.device_frames < settings.policy.context_frames:
             raise ValueError(
-                f"device_frames must be at least context_frames = {settings.memory.context_frames}, "
+                f"device_frames must be at least context_frames = {settings.policy.context_frames}, "
                 f"got {self.device_frames}"
             )
         ranks = Ranks.from_environment()
@@ -127,24 +143,24 @@ class Generate:
             "dtype": str(dtype).removeprefix("torch."),
         }
         output = output_folder(self.output)
-        jobs = list(enumerate_jobs(prompts, output))[ranks.rank :: ranks.world]
-        todo = [job for job in jobs if self.overwrite or not _is_done(job, facts, settings)]
-        if len(todo) < len(jobs):
-            print(f"{len(jobs) - len(todo)} of {len(jobs)} videos are there already.")
+        videos = list(enumerate_videos(prompts, output))[ranks.rank :: ranks.world]
+        todo = [video for video in videos if self.overwrite or not _is_done(video, facts, settings)]
+        if len(todo) < len(videos):
+            print(f"{len(videos) - len(todo)} of {len(videos)} videos are there already.")
         if not todo:
             return 0
 
-        embeds = self._encode([job.prompt for job in todo], files, device, dtype)
+        embeds = self._encode([video.prompt for video in todo], files, device, dtype)
         pipeline = self._load(checkpoint, files, settings, embeds[0].shape[-1], device, dtype)
         print(
             f"{len(todo)} videos of {pipeline.latent_frames} latent frames on {device}; "
             f"keys and values take {pipeline.held_frames * pipeline.frame_bytes / 1e9:.2f} GB, "
             f"{pipeline.device_frames} of {pipeline.held_frames} frames on the device at a time."
         )
-        for job, prompt_embeds in zip(todo, embeds, strict=True):
-            more = {"prompt": job.prompt, **facts, "version": longlive_rag.__version__}
-            pipeline.generate(prompt_embeds.to(device), job.path, more)
-            print(f"Written: {job.path}", flush=True)
+        for video, prompt_embeds in zip(todo, embeds, strict=True):
+            more = {"prompt": video.prompt, **facts, "version": longlive_rag.__version__}
+            pipeline.generate(prompt_embeds.to(device), video.path, more)
+            print(f"Written: {video.path}", flush=True)
         return 0
 
     def _settings(self) -> VideoSettings:
@@ -153,27 +169,19 @@ class Generate:
             fps=self.fps,
             height=self.height,
             width=self.width,
-            denoising_steps=self.denoising_steps,
-            timestep_shift=self.timestep_shift,
-            context_noise=self.context_noise,
-            seed=self.seed,
-            memory=self.memory,
+            sampling=Sampling(self.denoising_steps, self.timestep_shift, self.context_noise, self.seed),
+            policy=self.policy,
         )
 
     def _prompts(self) -> list[str]:
         if (self.prompt is None) == (self.prompts is None):
             raise ValueError(f"give either prompt or prompts, got {'neither' if self.prompt is None else 'both'}")
-        if self.prompts is None:
-            lines = [self.prompt or ""]
-        else:
-            try:
-                lines = self.prompts.read_text(encoding="utf-8").splitlines()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"prompts must be a UTF-8 text file, got {self.prompts}: {error}") from error
-        prompts = [line.strip() for line in lines if line.strip()]
-        if not prompts:
-            raise ValueError(f"{'prompt' if self.prompts is None else self.prompts} must hold a prompt, got none")
-        return prompts
+        if self.prompts is not None:
+            return read_prompts(self.prompts)
+        prompt = (self.prompt or "").strip()
+        if not prompt:
+            raise ValueError("prompt must hold a prompt, got none")
+        return [prompt]
 
     def _device(self, ranks: Ranks) -> torch.device:
         try:
@@ -237,34 +245,34 @@ class Generate:
         )
 
 
-def enumerate_jobs(prompts: list[str], output: Path) -> Iterator[Job]:
+def enumerate_videos(prompts: list[str], output: Path) -> Iterator[PromptVideo]:
     """Name each prompt's video by its number and its first words."""
     for index, prompt in enumerate(prompts):
         words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].rstrip("-")
-        yield Job(prompt, output / f"{'-'.join(filter(None, (f'{index:04d}', words)))}.mp4")
+        yield PromptVideo(prompt, output / f"{'-'.join(filter(None, (f'{index:04d}', words)))}.mp4")
 
 
-def _is_done(job: Job, facts: dict[str, Any], settings: VideoSettings) -> bool:
+def _is_done(video: PromptVideo, facts: dict[str, Any], settings: VideoSettings) -> bool:
     """Whether the video is there.
 
     Raises:
-        ValueError: it is, but was made otherwise; the message says how.
+        ValueError: it is, but was made with other settings; the message says which.
     """
-    if not job.path.is_file():
+    if not video.path.is_file():
         return False
-    log = job.path.with_suffix(".json")
+    log = video.path.with_suffix(".json")
     try:
         report = json.loads(log.read_text(encoding="utf-8"))
         before = {"prompt": report["prompt"], **{name: report[name] for name in facts}, **_flat(report["settings"])}
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{job.path} is there without a readable {log.name}; move it, or use --overwrite") from error
-    now = {"prompt": job.prompt, **facts, **_flat(json.loads(json.dumps(asdict(settings))))}
+        raise ValueError(f"{video.path} is there without a readable {log.name}; move it, or use --overwrite") from error
+    now = {"prompt": video.prompt, **facts, **_flat(settings.record())}
     changed = [
         f"{name} {before.get(name)!r}, now {value!r}" for name, value in now.items() if before.get(name) != value
     ]
     if changed:
         raise ValueError(
-            f"{job.path} was made with other settings ({'; '.join(changed)}); choose another --output, or --overwrite"
+            f"{video.path} was made with other settings ({'; '.join(changed)}); choose another --output, or --overwrite"
         )
     return True
 

@@ -7,72 +7,47 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import ClassVar
 
-import tyro
-
+from longlive_rag.backbones.run.settings import Settings
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.files import atomic_path
-
-ENVIRONMENT = "LONGLIVE_RAG_RUN"
-STARTUP = Path(__file__).parents[1] / "backbones" / "run" / "startup"
-"""Folder whose sitecustomize has the model patched."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `longlive-rag run` tells the processes that it starts."""
-
-    config: RetrievalConfig
-    reports: Path
-    """Folder for one report of each process that patched a model."""
-    embedding: Path | None = None
-    device_frames: int | None = None
-    keep_cache: bool = False
-
-    def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
-        """The environment of the script, given this process's own."""
-        content = json.dumps({**asdict(self), "reports": str(self.reports)}, default=str)
-        path = os.pathsep.join([str(STARTUP), *filter(None, [inherited.get("PYTHONPATH")])])
-        return {**inherited, ENVIRONMENT: content, "PYTHONPATH": path}
-
-    @classmethod
-    def from_environment(cls) -> Settings:
-        content = json.loads(os.environ[ENVIRONMENT])
-        embedding = content.pop("embedding")
-        return cls(
-            config=RetrievalConfig(**content.pop("config")),
-            reports=Path(content.pop("reports")),
-            embedding=None if embedding is None else Path(embedding),
-            **content,
-        )
+from longlive_rag.options import Positional
 
 
 @dataclass(frozen=True)
 class Run:
-    """Run a script with its causal video model patched, and no change to the script.
+    """Run an inference script with retrieval memory added to its video model, without changing the script.
 
-    longlive-rag run [OPTIONS] -- python inference.py [ITS OPTIONS]
+    In every Python process that the command starts, the first causal video transformer called is patched. Launchers
+    such as torchrun work too.
 
-    The first causal video transformer that any Python process of the command calls gets retrieval memory. Launchers
-    such as torchrun may stand between.
+    Examples:
+      longlive-rag run -- python inference.py --config_path configs/config.yaml
+      longlive-rag run --memory-frames 4 --log retrieved.json -- \\
+          torchrun --nproc-per-node 8 inference.py
     """
 
-    command: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="-- COMMAND")]
-    """What to run."""
-    memory: Annotated[RetrievalConfig, tyro.conf.arg(name="")] = field(default_factory=RetrievalConfig)
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "context policy": ("policy", "embedding"),
+        "machine": ("device_frames", "keep_cache"),
+        "output": ("log",),
+    }
+
+    command: Positional[tuple[str, ...]]
+    """The command to run, with its own options."""
+    policy: RetrievalConfig = field(default_factory=RetrievalConfig)
     """The context policy."""
     embedding: Path | None = None
-    """Checkpoint of the retrieval autoencoder that memory is searched by; default the mean of each latent channel."""
+    """Checkpoint of the retrieval autoencoder used to search memory. Default: the mean of each latent channel."""
     device_frames: int | None = None
-    """At most this many latent frames of each video on the GPU; older ones wait in host memory. Default all."""
+    """Latent frames of each video that stay on the GPU at most; older ones move to host memory. Default: all."""
     keep_cache: bool = False
-    """Leave the pipeline's own key-value cache allocated, though nothing reads it."""
+    """Keep the pipeline's own key-value cache allocated, although nothing reads it."""
     log: Path | None = None
-    """File for what each block of each video got from memory (JSON)."""
+    """Write what each block of each video retrieved to this JSON file."""
 
     def run(self) -> int:
         if not self.command:
@@ -81,7 +56,7 @@ class Run:
             raise FileNotFoundError(f"no autoencoder checkpoint at {self.embedding}")
         with tempfile.TemporaryDirectory(prefix="longlive-rag-") as folder:
             embedding = None if self.embedding is None else self.embedding.resolve()
-            settings = Settings(self.memory, Path(folder), embedding, self.device_frames, self.keep_cache)
+            settings = Settings(self.policy, Path(folder), embedding, self.device_frames, self.keep_cache)
             status = subprocess.run(self.command, env=settings.environment(os.environ)).returncode
             reports = [json.loads(path.read_text()) for path in sorted(Path(folder).iterdir())]
         if status:
@@ -95,7 +70,13 @@ class Run:
                 f"{'' if self.keep_cache else freed}",
                 file=sys.stderr,
             )
+        if not any(report["used"] for report in reports):
+            families = ", ".join(sorted({report["family"] for report in reports}))
+            raise ValueError(
+                f"the {families} model was patched, but no call of it went through memory: calls with gradients, or "
+                f"without a key-value cache, go to its own attention; is torch.no_grad() missing?"
+            )
         if self.log is not None:
-            with atomic_path(self.log) as beside:
-                beside.write_text(json.dumps(reports, indent=1))
+            with atomic_path(self.log) as partial:
+                partial.write_text(json.dumps(reports, indent=1))
         return 0

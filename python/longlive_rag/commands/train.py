@@ -6,53 +6,79 @@ import shlex
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import ClassVar
 
 import torch
-import tyro
+from tqdm import tqdm
 
 from longlive_rag.embedding import LatentAutoencoder
 from longlive_rag.files import output_folder, write_json
-from longlive_rag.training.config import PAPER, TrainingConfig, TrainingOptions
 from longlive_rag.ranks import Ranks
+from longlive_rag.training.config import PAPER, TrainingConfig, TrainingOptions
 from longlive_rag.training.interruption import StopSignal
-from longlive_rag.training.latents import BadData, Corpus, open_corpus
+from longlive_rag.training.latents import BadData, LatentCorpus, open_corpus
 from longlive_rag.training.plots import draw_training, similarity_matrix
-from longlive_rag.training.trainer import BEST, LAST, METRICS, Trainer
+from longlive_rag.training.trainer import BEST, LAST, METRICS, AutoencoderTrainer
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train the retrieval autoencoder on a corpus of latents, or --evaluate trained ones.
+    """Train the retrieval autoencoder on a corpus of latents, or compare trained ones with --evaluate.
 
-    An interrupted training (Ctrl-C, SIGTERM) is saved, and goes on with --resume as if nothing had happened. Under
-    torchrun the ranks share each step.
+    When training is interrupted (Ctrl-C, SIGTERM), its state is saved; --resume continues exactly where it stopped.
+    Under torchrun, the processes share each step.
+
+    Examples:
+      longlive-rag train --data corpus --output encoder
+      longlive-rag train --data corpus --output encoder --resume
+      longlive-rag train --evaluate encoder/best.pt --output comparison
     """
 
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "what to do": ("output", "data", "resume", "ablation", "evaluate", "also", "bad_data"),
+        "model": ("embedding_dim", "hidden_dims"),
+        "losses": ("delta_weight", "delta_window", "delta_margin", "smooth_weight"),
+        "optimisation": (
+            "epochs",
+            "batch",
+            "learning_rate",
+            "weight_decay",
+            "gradient_clip",
+            "chunk_frames",
+            "chunks_per_video",
+            "validation_fraction",
+            "seed",
+        ),
+        "machine and logging": ("device", "precision", "workers", "save_every", "tensorboard"),
+    }
+
     output: Path
-    """Folder for checkpoints, metrics and pictures; created if it is missing."""
+    """Folder for checkpoints, metrics and plots; created if it is missing."""
     data: Path | None = None
-    """Folder of latents: safetensors files of `longlive-rag corpus`, or .pt files [T, C, H, W]."""
+    """Folder of latents: safetensors files from `longlive-rag corpus`, or .pt files of shape [T, C, H, W]."""
     ablation: bool = False
-    """Train without each temporal loss and without both, too, and evaluate them all."""
+    """Also train without each temporal loss and without both, and compare them all."""
     evaluate: tuple[Path, ...] = ()
-    """Do not train: compare these checkpoints with average pooling on the small world; leaves report.json and
+    """Instead of training, compare these checkpoints with average pooling on the small world; writes report.json and
     embeddings.png."""
     also: tuple[Path, ...] = ()
-    """Files of latents, or videos, whose similarity against time lag is measured in an evaluation, too."""
+    """Files of latents, or videos, for which a comparison also measures similarity against time lag."""
+    rollouts: int = 0
+    """In a comparison, also generate this many videos of the small world with each embedding, and count the inhabitants
+    that are still themselves when they come back; 6 take about half a minute per embedding."""
     resume: bool = False
-    """Go on with the training in the folder."""
+    """Continue the training in the output folder."""
     bad_data: BadData = "refuse"
-    """A file that cannot be trained on: "refuse" the corpus, or "skip" the file."""
+    """What to do about a file that cannot be trained on: refuse the corpus, or skip the file."""
     save_every: int = 50
-    """Epochs between checkpoints that are kept."""
+    """Epochs between the checkpoints that are kept."""
     device: str | None = None
-    """Default: the GPU if there is one."""
+    """cpu, cuda or cuda:N. Default: the GPU if there is one."""
     workers: int = 0
-    """Processes that read latents for each rank."""
+    """Data-loading processes per rank."""
     tensorboard: bool = False
-    """Write TensorBoard events, too (pip install 'longlive_rag[tensorboard]')."""
-    training: Annotated[TrainingOptions, tyro.conf.arg(name="")] = field(default_factory=TrainingOptions)
+    """Also write TensorBoard events (pip install 'longlive_rag[tensorboard]')."""
+    training: TrainingOptions = field(default_factory=TrainingOptions)
     """The objective and its optimisation."""
 
     def run(self) -> int:
@@ -63,6 +89,8 @@ class Train:
             raise ValueError(f"save_every must be at least 1, got {self.save_every}")
         if self.workers < 0:
             raise ValueError(f"workers must be at least 0, got {self.workers}")
+        if self.rollouts < 0 or self.rollouts == 1:
+            raise ValueError(f"rollouts must be 0, or at least 2 for an interval, got {self.rollouts}")
         for path in (*self.evaluate, *self.also):
             if not path.is_file():
                 raise FileNotFoundError(f"no file to evaluate at {path}")
@@ -95,10 +123,10 @@ class Train:
         return 0
 
     def _trainer(
-        self, name: str, config: TrainingConfig, corpus: Corpus, ranks: Ranks, device: torch.device
-    ) -> Trainer:
+        self, name: str, config: TrainingConfig, corpus: LatentCorpus, ranks: Ranks, device: torch.device
+    ) -> AutoencoderTrainer:
         output = output_folder(self.output / name)
-        return Trainer(
+        return AutoencoderTrainer(
             config,
             corpus,
             output,
@@ -112,7 +140,7 @@ class Train:
             label=name or "training",
         )
 
-    def _say_how_to_go_on(self, trainer: Trainer) -> None:
+    def _say_how_to_go_on(self, trainer: AutoencoderTrainer) -> None:
         arguments = sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"]
         print(
             f"interrupted in epoch {trainer.epoch + 1} of {trainer.config.epochs}; saved in {trainer.output / LAST}. "
@@ -120,7 +148,7 @@ class Train:
             file=sys.stderr,
         )
 
-    def _finish(self, trainer: Trainer) -> None:
+    def _finish(self, trainer: AutoencoderTrainer) -> None:
         output = trainer.output
         best = LatentAutoencoder.from_checkpoint(output / BEST)
         held_out = trainer.corpus.videos[trainer.validation_videos[0]]
@@ -131,25 +159,33 @@ class Train:
         print(f"lowest validation loss {trainer.best:.5f}: {output / BEST}, curves in {output / 'training.png'}")
 
     def _compare(self, encoders: dict[str, LatentAutoencoder]) -> None:
-        from longlive_rag.small_world.backbone import load_codec
-        from longlive_rag.small_world.policies import POLICIES
         from longlive_rag.embedding import AveragePool, Embedding
-        from longlive_rag.evaluation import embeddings
+        from longlive_rag.small_world import embeddings
+        from longlive_rag.small_world.backbone import load_backbone, load_codec
+        from longlive_rag.small_world.policies import POLICIES
 
         everything: dict[str, Embedding] = {
             "average pool": AveragePool(),
             "average pool, 4 x 4": AveragePool(grid=4),
             **encoders,
         }
-        truth, config = embeddings.world_videos(load_codec()), POLICIES["retrieval"].config
+        codec, config = load_codec(), POLICIES["retrieval"].config
+        truth = embeddings.world_videos(codec)
         files = {str(path): embeddings.read_latents_or_video(path) for path in self.also}
+        suitable = {
+            name: embedding
+            for name, embedding in everything.items()
+            if not isinstance(embedding, LatentAutoencoder) or embedding.in_channels == truth.drafts.shape[2]
+        }
+        small_world = {name: embeddings.measure_on_world(each, truth, config) for name, each in suitable.items()}
+        if self.rollouts:
+            model = load_backbone()
+            for name, embedding in tqdm(suitable.items(), desc="roll-outs", unit="embedding"):
+                rollouts = embeddings.measure_in_rollouts(embedding, model, codec, self.rollouts)
+                small_world[name]["rollouts"] = rollouts
         report = {
             "policy": asdict(config),
-            "small_world": {
-                name: embeddings.measure_on_world(embedding, truth, config)
-                for name, embedding in everything.items()
-                if not isinstance(embedding, LatentAutoencoder) or embedding.in_channels == truth.drafts.shape[2]
-            },
+            "small_world": small_world,
             "files": {
                 path: {name: embeddings.measure_alone(each, latents) for name, each in everything.items()}
                 for path, latents in files.items()

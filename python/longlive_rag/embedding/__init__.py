@@ -1,4 +1,4 @@
-"""From a clean latent frame to the vector it is found by."""
+"""From a clean latent frame to the vector that memory is searched by."""
 
 from typing import Protocol
 

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from longlive_rag.files import atomic_path, load_checkpoint
+
+# Names of the sizes in the released checkpoint's config -> our arguments.
+_SIZES = {
+    "in_channels": "in_channels",
+    "spatial_h": "height",
+    "spatial_w": "width",
+    "latent_dim": "embedding_dim",
+    "hidden_dims": "hidden_dims",
+}
 
 
 class LatentAutoencoder(nn.Module):
     """Convolutional autoencoder from a latent frame to one vector and back; retrieval uses the encoder only.
 
-    The encoder halves the resolution with each of `hidden_dims`, pools all space away and projects; the decoder, which
-    only training needs, unfolds the vector again. Parameter names are those of the released checkpoint.
+    The encoder halves the resolution with each of `hidden_dims`, averages over space and projects; the decoder, which
+    only training needs, expands the vector again. Parameter names are those of the released checkpoint.
 
     Args:
         in_channels, height, width: of a latent frame. The encoder accepts any size; the decoder makes this one.
@@ -59,20 +73,15 @@ class LatentAutoencoder(nn.Module):
             return F.normalize(self.encoder(latents.to(self.encoder.fc.weight.dtype)), dim=-1)
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents [N, C, H, W] to their reconstruction, likewise, and their embeddings, not normalised."""
+        """Latents [N, C, H, W] to their reconstruction, of the same shape, and their embeddings, not normalised."""
         embedding = self.encoder(latents)
         return self.decoder(embedding), embedding
 
     @property
     def config(self) -> dict[str, Any]:
-        """The sizes under the names of the released checkpoint."""
-        return {
-            "in_channels": self.in_channels,
-            "spatial_h": self.height,
-            "spatial_w": self.width,
-            "latent_dim": self.embedding_dim,
-            "hidden_dims": list(self.hidden_dims),
-        }
+        """The sizes, under their names in the released checkpoint."""
+        sizes = {name: getattr(self, argument) for name, argument in _SIZES.items()}
+        return {**sizes, "hidden_dims": list(self.hidden_dims)}
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> LatentAutoencoder:
@@ -80,17 +89,33 @@ class LatentAutoencoder(nn.Module):
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: the file is damaged, or holds something else.
+            ValueError: the file is damaged, or does not hold a retrieval autoencoder.
         """
-        from longlive_rag.embedding.checkpoint import load_autoencoder
-
-        return load_autoencoder(Path(path))
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no autoencoder checkpoint at {path}")
+        state, config = _read_safetensors(path) if path.suffix == ".safetensors" else _read_released(path)
+        missing = [name for name in _SIZES if name not in config]
+        if missing:
+            raise ValueError(
+                f"{path}: the autoencoder's config lacks {', '.join(missing)}; it has {', '.join(map(str, config))}"
+            )
+        model = cls(**{argument: config[name] for name, argument in _SIZES.items()})
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+        return model.eval()
 
     def save(self, path: str | Path) -> None:
-        """Write the released format (`.pt`) or safetensors, by the file's suffix; beside and renamed."""
-        from longlive_rag.embedding.checkpoint import save_autoencoder
-
-        save_autoencoder(self, Path(path))
+        """Write the released format (`.pt`) or safetensors, depending on the file's suffix, atomically."""
+        path = Path(path)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        with atomic_path(path) as temporary:
+            if path.suffix == ".safetensors":
+                save_file(state, temporary, metadata={"config": json.dumps(self.config)})
+            else:
+                torch.save({"model": state, "config": self.config}, temporary)
 
 
 class Residual(nn.Module):
@@ -165,3 +190,21 @@ class Decoder(nn.Module):
 
 def _group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(next(groups for groups in (32, 16, 8, 4, 1) if channels % groups == 0), channels)
+
+
+def _read_released(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    content = load_checkpoint(path)
+    if not isinstance(content, dict) or not {"model", "config"} <= content.keys():
+        found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f'{path} must hold a dict with "model" and "config", got {found}')
+    return content["model"], content["config"]
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, "pt") as file:
+            config = json.loads((file.metadata() or {}).get("config", "{}"))
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, config
+    except SafetensorError as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from error

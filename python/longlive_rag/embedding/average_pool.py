@@ -10,7 +10,7 @@ class AveragePool:
     """Mean of each latent channel over an even grid of cells; with the default single cell, the paper's baseline.
 
     Args:
-        grid: cells per side. More than one keeps where things are, at C * grid ** 2 numbers a frame.
+        grid: cells per side. More than one preserves where things are, at C * grid ** 2 numbers per frame.
     """
 
     def __init__(self, grid: int = 1) -> None:

@@ -2,7 +2,7 @@
 
 Every metric is a number per frame; drift is the relative change of its mean from the first segment of the video to
 the last. No metric says by itself that a video is bad: a scene that moves changes them all. They are for comparing
-videos of one prompt and seed, where autoregressive drift shows as sharpness and color detail that only grow.
+videos of one prompt and seed, where autoregressive drift shows as sharpness and colour detail that only grow.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 from longlive_rag.generation.video import Frames
 
 METRICS = {
-    "sharpness": "mean absolute Laplacian of the gray image, at a 120th of its height",
+    "sharpness": "mean absolute Laplacian of the grey image, at a 120th of its height",
     "saturation": "mean HSV saturation",
-    "contrast": "standard deviation of the gray image",
+    "contrast": "standard deviation of the grey image",
     "mean": "mean over pixels and channels",
-    "high_frequency": "mean absolute difference of the gray image from its 3 x 3 binomial blur, at full resolution",
+    "high_frequency": "mean absolute difference of the grey image from its 3 x 3 binomial blur, at full resolution",
     "color_detail": "mean absolute Laplacian of red - green and blue - green, at a 120th of the height",
     "motion": "mean absolute difference from the frame before",
 }
@@ -119,7 +119,7 @@ def _sample(image: Frames) -> Array:
 def _measure(image: Frames, sampled: Array, previous: Array | None) -> list[float]:
     gray = sampled.mean(axis=-1)
     highest, lowest = sampled.max(axis=-1), sampled.min(axis=-1)
-    # Black has no saturation; the divisor is a 255th at least, as any other color's highest channel is.
+    # Black has no saturation; the divisor is a 255th at least, as any other colour's highest channel is.
     saturation = (highest - lowest) / np.maximum(highest, 1 / 255)
     red, green, blue = sampled[..., 0], sampled[..., 1], sampled[..., 2]
     # One plane at a time: a mean over an axis of three costs twice as much as all the rest.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from longlive_rag import figures
 from longlive_rag.evaluation.drift import METRICS, Array, Drift
-from longlive_rag.files import atomic_path
 
 _COLUMNS = 4
 _VIDEOS_IN_A_ROW = 2
@@ -33,16 +33,11 @@ def draw_drift(drifts: Mapping[str, Drift], rates: Mapping[str, float], path: Pa
         rates: label -> frames per second.
         path: PNG file, written atomically.
     """
-    # Without pyplot, whose state and choice of a window system concern the whole process.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     strip_rows = -(-len(drifts) // _VIDEOS_IN_A_ROW)
     curve_rows = -(-len(METRICS) // _COLUMNS)
-    figure = Figure(figsize=(16, 2.6 * strip_rows + 3.0 * curve_rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figures.figure(16, 2.6 * strip_rows + 3.0 * curve_rows)
     grid = figure.add_gridspec(strip_rows + curve_rows, _COLUMNS, height_ratios=[2.6] * strip_rows + [3.0] * curve_rows)
-    colors = {label: f"C{index}" for index, label in enumerate(drifts)}
+    colours = {label: f"C{index}" for index, label in enumerate(drifts)}
 
     for index, (label, drift) in enumerate(drifts.items()):
         row, column = divmod(2 * index, _COLUMNS)
@@ -50,7 +45,7 @@ def draw_drift(drifts: Mapping[str, Drift], rates: Mapping[str, float], path: Pa
         for offset, (image, when) in enumerate(((drift.first_frame, 0.0), (drift.last_frame, seconds))):
             axes = figure.add_subplot(grid[row, column + offset])
             axes.imshow(image)
-            axes.set_title(f"{label}, {when:.1f} s", fontsize=10, color=colors[label])
+            axes.set_title(f"{label}, {when:.1f} s", fontsize=10, color=colours[label])
             axes.set_axis_off()
 
     for index, name in enumerate(METRICS):
@@ -66,8 +61,8 @@ def draw_drift(drifts: Mapping[str, Drift], rates: Mapping[str, float], path: Pa
             times = np.arange(len(relative)) / rates[label]
             smooth = _running_mean(relative, drift.segment_frames)
             middles = _running_mean(times, drift.segment_frames)
-            axes.plot(times, relative, color=colors[label], linewidth=0.6, alpha=0.3)
-            axes.plot(middles, smooth, color=colors[label], linewidth=1.8, label=_percent(change))
+            axes.plot(times, relative, color=colours[label], linewidth=0.6, alpha=0.3)
+            axes.plot(middles, smooth, color=colours[label], linewidth=1.8, label=_percent(change))
         axes.axhline(0, color="black", linewidth=0.8)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=8, frameon=False, loc="upper left", handlelength=1.2)
@@ -75,8 +70,7 @@ def draw_drift(drifts: Mapping[str, Drift], rates: Mapping[str, float], path: Pa
         axes.set_xlabel("seconds", fontsize=9)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    with atomic_path(path) as beside:
-        figure.savefig(beside, dpi=100)
+    figures.save(figure, path)
 
 
 def _running_mean(values: Array, length: int) -> Array:

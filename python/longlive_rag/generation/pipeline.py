@@ -1,11 +1,11 @@
-"""One prompt to one video file: noise, blocks, pictures and H.264, each as soon as the one before it is there."""
+"""From a prompt to a video file: each block is denoised, decoded and written while the next one is being made."""
 
 from __future__ import annotations
 
 import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +13,27 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from longlive_rag.bank import frame_bytes
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.embedding import Embedding
 from longlive_rag.files import write_json
-from longlive_rag.retrieval_log import draw_retrieval, retrieval_entries
-from longlive_rag.generation.rollout import PAPER_STEPS, stream
-from longlive_rag.generation.sampling import STEPS, warp_steps
+from longlive_rag.generation.rollout import stream
+from longlive_rag.generation.sampling import PAPER_SAMPLING, Sampling
 from longlive_rag.generation.video import VideoWriter
 from longlive_rag.generation.wan_vae import StreamingDecoder
 from longlive_rag.memory import Retrieval
 from longlive_rag.models import CausalWanModel
+from longlive_rag.retrieval_log import draw_retrieval, retrieval_entries
 
 # Rows and columns of pixels per token, at least: the VAE's 8 times the patch of 2.
 _PIXELS_PER_TOKEN = 16
-# Of the GPU memory that is free beside the weights; the rest is for activations, the VAE's above all. Not measured yet.
+# Of the GPU memory that is free once the weights are loaded; the rest is for activations, mostly the VAE's. Unmeasured.
 _SHARE_FOR_MEMORY = 0.7
 
 
 @dataclass(frozen=True)
 class VideoSettings:
-    """All that, with weights and prompt, decides what a video looks like.
+    """Everything besides weights and prompt that decides what a video looks like.
 
     Raises:
         ValueError: a value is out of range.
@@ -42,11 +43,9 @@ class VideoSettings:
     fps: float = 16.0
     height: int = 480
     width: int = 832
-    denoising_steps: tuple[float, ...] = PAPER_STEPS
-    timestep_shift: float = 5.0
-    context_noise: float = 0.0
-    seed: int = 0
-    memory: RetrievalConfig = field(default_factory=RetrievalConfig)
+    sampling: Sampling = PAPER_SAMPLING
+    """Its seed also fixes the initial noise; its `renoise` is not used."""
+    policy: RetrievalConfig = field(default_factory=RetrievalConfig)
 
     def __post_init__(self) -> None:
         if not 0 < self.seconds < math.inf:
@@ -57,22 +56,31 @@ class VideoSettings:
             value = getattr(self, name)
             if value < _PIXELS_PER_TOKEN or value % _PIXELS_PER_TOKEN:
                 raise ValueError(f"{name} must be a positive multiple of {_PIXELS_PER_TOKEN} pixels, got {value}")
-        if not 0 <= self.context_noise <= STEPS:
-            raise ValueError(f"context_noise must be a timestep from 0 to {STEPS}, got {self.context_noise}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
-        warp_steps(self.denoising_steps, self.timestep_shift)
+
+    def record(self) -> dict[str, Any]:
+        """What a video's JSON file says of its settings."""
+        return {
+            "seconds": self.seconds,
+            "fps": self.fps,
+            "height": self.height,
+            "width": self.width,
+            "denoising_steps": list(self.sampling.denoising_steps),
+            "timestep_shift": self.sampling.timestep_shift,
+            "context_noise": self.sampling.context_noise,
+            "seed": self.sampling.seed,
+            "memory": asdict(self.policy),
+        }
 
     def latent_frames(self, temporal_factor: int) -> int:
-        """Latent frames that make at least `seconds` of video, in whole blocks."""
+        """Whole blocks of latent frames that make at least `seconds` of video."""
         pictures = math.ceil(self.seconds * self.fps - 1e-6)
         frames = math.ceil((pictures - 1) / temporal_factor) + 1
-        block = self.memory.block_frames
+        block = self.policy.block_frames
         return math.ceil(frames / block) * block
 
 
 class Pipeline:
-    """A loaded backbone and VAE that make videos under the same settings.
+    """A loaded transformer and VAE that make videos with the same settings.
 
     Args:
         model: the transformer.
@@ -84,7 +92,7 @@ class Pipeline:
             as many as fit.
 
     Raises:
-        ValueError: the parts do not fit together, or not even the context of a block fits on the device.
+        ValueError: the parts do not fit together, or the device has no room for the context of a single block.
     """
 
     def __init__(
@@ -117,30 +125,34 @@ class Pipeline:
     @property
     def held_frames(self) -> int:
         """Latent frames whose keys and values are kept, on the device or in host memory."""
-        config = self.settings.memory
+        config = self.settings.policy
         return self.latent_frames if config.memory_frames else config.context_frames + config.block_frames
 
     @property
     def frame_bytes(self) -> int:
-        """Bytes of keys and values that one latent frame leaves."""
+        """Bytes of keys and values per latent frame."""
         rows, columns = self.model.token_grid(*self.latent_size)
-        itemsize = self.model.patch_embedding.weight.element_size()
-        return 2 * self.model.num_layers * rows * columns * self.model.dim * itemsize
+        return frame_bytes(
+            layers=self.model.num_layers,
+            heads=self.model.num_heads,
+            tokens=rows * columns,
+            head_dim=self.model.head_dim,
+            dtype=self.model.patch_embedding.weight.dtype,
+        )
 
-    def generate(self, prompt_embeds: Tensor, path: Path, facts: dict[str, Any], *, progress: bool = True) -> None:
-        """Make one video, and beside it `<stem>.json`, what was retrieved, and `<stem>.png`, the same as a picture.
+    def generate(self, prompt_embeds: Tensor, path: Path, facts: dict[str, Any]) -> None:
+        """Make one video and, next to it, `<stem>.json` with what was retrieved and `<stem>.png`, a picture of that.
 
-        The video takes its name last, so that its presence says that all three are complete. An interrupted one
-        stays as `<stem>.partial.mp4`.
+        The video gets its final name last, so if it is there, all three are complete. An interrupted one stays as
+        `<stem>.partial.mp4`.
 
         Args:
             prompt_embeds: [tokens, text_dim].
             path: `.mp4` file.
             facts: more entries for the JSON file, such as the prompt.
-            progress: show a progress bar.
         """
-        settings, config = self.settings, self.settings.memory
-        generator = torch.Generator().manual_seed(settings.seed)
+        settings, config = self.settings, self.settings.policy
+        generator = torch.Generator().manual_seed(settings.sampling.seed)
 
         # Drawn on the CPU, block by block: the same on every device, and a longer video begins like a shorter one.
         def draw(shape: tuple[int, ...]) -> Tensor:
@@ -151,7 +163,7 @@ class Pipeline:
         retrieved: list[Retrieval] = []
         started = time.monotonic()
         self.decoder.reset()
-        # One block is written while the next is made; no more are ever held.
+        # One block is written while the next is made, so there are never more than two.
         writing: Future[None] | None = None
         with (
             VideoWriter(path, fps=settings.fps, size=(settings.height, settings.width)) as writer,
@@ -162,15 +174,12 @@ class Pipeline:
                 (draw(block_shape) for _ in range(blocks)),
                 prompt_embeds[None],
                 config,
+                sampling=replace(settings.sampling, renoise=lambda _, shape: draw(shape)),
                 embedding=self.embedding,
-                denoising_steps=settings.denoising_steps,
-                timestep_shift=settings.timestep_shift,
-                context_noise=settings.context_noise,
-                renoise=lambda _, shape: draw(shape),
                 capacity=self.latent_frames,
                 device_frames=self.device_frames if self.device_frames < self.held_frames else None,
             )
-            bar = tqdm(finished_blocks, desc=path.stem[:40], total=blocks, unit="block", disable=not progress)
+            bar = tqdm(finished_blocks, desc=path.stem[:40], total=blocks, unit="block")
             for block in bar:
                 pictures = self._decode(block.latents[0])
                 if writing is not None:
@@ -183,7 +192,7 @@ class Pipeline:
             entries = retrieval_entries(retrieved)
             report = {
                 **facts,
-                "settings": asdict(settings),
+                "settings": settings.record(),
                 "frames": writer.frames_written,
                 "latent_frames": self.latent_frames,
                 "wall_seconds": round(time.monotonic() - started, 3),
@@ -207,10 +216,10 @@ class Pipeline:
             return self.held_frames
         free, _ = torch.cuda.mem_get_info(self.device)
         fitting = int(free * _SHARE_FOR_MEMORY) // self.frame_bytes
-        if fitting < self.settings.memory.context_frames:
+        if fitting < self.settings.policy.context_frames:
             raise ValueError(
-                f"context_frames = {self.settings.memory.context_frames} takes {self.frame_bytes / 1e9:.2f} GB of keys "
+                f"context_frames = {self.settings.policy.context_frames} takes {self.frame_bytes / 1e9:.2f} GB of keys "
                 f"and values for each frame, but {self.device} has {free / 1e9:.1f} GB free, of which "
-                f"{_SHARE_FOR_MEMORY:.0%} are for them; choose a smaller context or picture"
+                f"{_SHARE_FOR_MEMORY:.0%} are for them; choose a smaller context or video size"
             )
         return min(fitting, self.held_frames)

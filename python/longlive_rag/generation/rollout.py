@@ -11,12 +11,10 @@ from torch import Tensor
 
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.embedding import AveragePool, Embedding
-from longlive_rag.generation.sampling import STEPS, Renoise, denoise, warp_steps
+from longlive_rag.generation.sampling import PAPER_SAMPLING, PAPER_STEPS, FreshNoise, Renoise, Sampling, denoise
 from longlive_rag.memory import Retrieval, RetrievalMemory
 from longlive_rag.models import CausalWanModel
 from longlive_rag.selection import Selection
-
-PAPER_STEPS = (1000, 750, 500, 250)
 
 Prompts = Tensor | Sequence[tuple[int, Tensor]]
 """Prompt embeddings [B, text_len, text_dim], or a schedule of (first latent frame, embeddings) that switches."""
@@ -24,7 +22,7 @@ Prompts = Tensor | Sequence[tuple[int, Tensor]]
 
 @dataclass(frozen=True)
 class FinishedBlock:
-    """A block of latent frames that will not change any more."""
+    """A block of latent frames in its final state."""
 
     start: int
     latents: Tensor
@@ -32,19 +30,19 @@ class FinishedBlock:
     embeddings: Tensor
     """[B, F, D]."""
     retrieval: Retrieval | None
-    """What the block got from memory, if anything."""
+    """What the block retrieved, if anything."""
 
 
 @dataclass
 class RolloutResult:
-    """A finished video, or what there was of it when it was interrupted."""
+    """A finished video, or as much of it as there was when it was interrupted."""
 
     latents: Tensor
     """[B, frames, C, H, W]."""
     embeddings: Tensor
     """[B, frames, D], one per latent frame."""
     retrieved: list[Retrieval] = field(default_factory=list)
-    """One entry per block with memory: `.block_start`, `.frames` [B][k], `.similarity` [B][k]."""
+    """One entry per block that retrieved: `.block_start`, `.frames` [B][k], `.similarity` [B][k]."""
     interrupted: bool = False
     """True if KeyboardInterrupt ended it early."""
 
@@ -55,12 +53,8 @@ def stream(
     prompt_embeds: Prompts,
     config: RetrievalConfig,
     *,
+    sampling: Sampling = PAPER_SAMPLING,
     embedding: Embedding | None = None,
-    denoising_steps: Sequence[float] = PAPER_STEPS,
-    timestep_shift: float = 5.0,
-    context_noise: float = 0.0,
-    renoise: Renoise | None = None,
-    seed: int = 0,
     selection: Selection | None = None,
     given: Tensor | None = None,
     capacity: int = 64,
@@ -73,49 +67,30 @@ def stream(
         noise: initial noise of each block, [B, F, C, H, W]; the video ends with it. Its dtype is the latents'.
         prompt_embeds: the prompt, or a schedule of prompts.
         config: the context policy.
-        embedding: default `AveragePool`.
-        denoising_steps: before the shift, descending from 1000.
-        timestep_shift: of the noise schedule.
-        context_noise: timestep of the clean pass, whose keys and values later blocks see.
-        renoise: supplies the sampler's fresh noise; by default video b draws from a generator seeded with ``seed + b``,
-            so that a batch gives what single runs give.
+        sampling: the sampler's settings; default the paper's.
+        embedding: what memory is searched by; default `AveragePool`.
         selection: which frames come back; default the most similar ones.
-        given: latents [B, n, C, H, W] that stand for the first n frames instead of generating them; whole blocks.
-        capacity: latent frames to make room for at once.
+        given: latents [B, n, C, H, W], whole blocks, that take the place of the first n frames.
+        capacity: latent frames to allocate up front; pass the length of the video if it is known.
         device_frames: latent frames to keep on the device; older ones wait in host memory (see `RetrievalMemory`).
 
     Yields:
         The finished blocks in order.
 
     Raises:
-        ValueError, TypeError: bad arguments, before any work; non-finite noise or prompts, when they come.
+        ValueError, TypeError: bad arguments, before any work; bad noise, when its block is reached.
     """
-    timesteps = warp_steps(denoising_steps, timestep_shift)
-    if not 0 <= context_noise <= STEPS:
-        raise ValueError(f"context_noise must be a timestep from 0 to {STEPS}, got {context_noise}")
     _check_policy(config, embedding)
-    device = model.patch_embedding.weight.device
-
-    def open_memory(block_noise: Tensor) -> RetrievalMemory:
-        return RetrievalMemory(
-            config,
-            batch=block_noise.shape[0],
-            layers=model.num_layers,
-            heads=model.num_heads,
-            head_dim=model.head_dim,
-            grid=model.token_grid(*block_noise.shape[3:]),
-            device=device,
-            dtype=model.patch_embedding.weight.dtype,
-            embedding=embedding or AveragePool(),
-            capacity=capacity,
-            selection=selection,
-            device_frames=device_frames,
-        )
-
-    fresh_noise = _FreshNoise(renoise, seed, device)
-    return _blocks(
-        model, noise, _schedule(prompt_embeds), config, open_memory, timesteps, context_noise, fresh_noise, given
+    open_memory = partial(
+        RetrievalMemory.for_model,
+        model,
+        config=config,
+        embedding=embedding or AveragePool(),
+        capacity=capacity,
+        selection=selection,
+        device_frames=device_frames,
     )
+    return _blocks(model, noise, _schedule(prompt_embeds), sampling, given, open_memory)
 
 
 @torch.no_grad()
@@ -123,13 +98,11 @@ def _blocks(
     model: CausalWanModel,
     noise: Iterable[Tensor],
     schedule: list[tuple[int, Tensor]],
-    config: RetrievalConfig,
-    open_memory: Callable[[Tensor], RetrievalMemory],
-    timesteps: list[float],
-    context_noise: float,
-    fresh_noise: _FreshNoise,
+    sampling: Sampling,
     given: Tensor | None,
+    open_memory: Callable[[Sequence[int]], RetrievalMemory],
 ) -> Iterator[FinishedBlock]:
+    fresh_noise = FreshNoise(sampling, model.patch_embedding.weight.device)
     memory: RetrievalMemory | None = None
     start = 0
     try:
@@ -138,8 +111,8 @@ def _blocks(
             block_noise = block_noise.contiguous()  # other strides would make a compiled model compile again
             batch, frames = block_noise.shape[:2]
             if memory is None:
-                _check_given(given, block_noise, config)
-                memory = open_memory(block_noise)
+                memory = open_memory(block_noise.shape)
+                _check_given(given, block_noise, memory.config)
             while schedule and schedule[0][0] <= start:
                 prompt = model.prepare_prompt(_matching_prompt(schedule.pop(0)[1], batch, block_noise.device))
             predict = partial(model, prompt=prompt, attention=memory)
@@ -147,13 +120,13 @@ def _blocks(
             memory.begin_block(start, frames)
             if given is not None and start < given.shape[1]:
                 clean = given[:, start : start + frames].to(block_noise).contiguous()
-                if config.query == "draft":
+                if memory.config.query == "draft":
                     memory.ask(clean)
             else:
-                for step, clean in enumerate(denoise(predict, block_noise, timesteps, fresh_noise)):
-                    if step == 0 and config.query == "draft":
+                for step, clean in enumerate(denoise(predict, block_noise, sampling.timesteps, fresh_noise)):
+                    if step == 0 and memory.config.query == "draft":
                         memory.ask(clean)
-            predict(clean, clean.new_full((batch, frames), context_noise, dtype=torch.float32))
+            predict(clean, clean.new_full((batch, frames), sampling.context_noise, dtype=torch.float32))
             embeddings = memory.commit(clean)
             last = memory.retrieved[-1] if memory.retrieved else None
             yield FinishedBlock(start, clean, embeddings, last if last and last.block_start == start else None)
@@ -179,7 +152,7 @@ def rollout(
     given: Tensor | None = None,
     device_frames: int | None = None,
 ) -> RolloutResult:
-    """Generate a whole video; see `stream` for the arguments.
+    """Generate a whole video; see `stream`, and `Sampling` for the sampler's settings.
 
     Args:
         noise: [B, frames, C, H, W]; frames a multiple of ``config.block_frames``.
@@ -188,6 +161,7 @@ def rollout(
         The video. After KeyboardInterrupt, what was finished by then, with ``interrupted`` set.
     """
     _check_policy(config, embedding)
+    sampling = Sampling(tuple(denoising_steps), timestep_shift, context_noise, seed, renoise)
     if not isinstance(noise, Tensor):
         raise TypeError(f"noise must be a tensor, got {type(noise).__name__}")
     _check_latents("noise", noise, model)
@@ -202,12 +176,8 @@ def rollout(
             noise.split(config.block_frames, dim=1),
             prompt_embeds,
             config,
+            sampling=sampling,
             embedding=embedding,
-            denoising_steps=denoising_steps,
-            timestep_shift=timestep_shift,
-            context_noise=context_noise,
-            renoise=renoise,
-            seed=seed,
             selection=selection,
             given=given,
             capacity=frames,
@@ -224,24 +194,6 @@ def rollout(
         retrieved=[block.retrieval for block in blocks if block.retrieval is not None],
         interrupted=interrupted,
     )
-
-
-class _FreshNoise:
-    """The sampler's fresh noise: the caller's, or that of one seeded generator for each video."""
-
-    def __init__(self, renoise: Renoise | None, seed: int, device: torch.device) -> None:
-        self.renoise, self.seed, self.device = renoise, seed, device
-        self.drawn = 0
-        self.generators: list[torch.Generator] = []
-
-    def __call__(self, batch: int, frames: int, frame_shape: torch.Size) -> Tensor:
-        """Noise [B, F, C, H, W]."""
-        self.drawn += 1
-        if self.renoise is not None:
-            return self.renoise(self.drawn - 1, (batch * frames, *frame_shape)).view(batch, frames, *frame_shape)
-        while len(self.generators) < batch:
-            self.generators.append(torch.Generator(self.device).manual_seed(self.seed + len(self.generators)))
-        return torch.stack([torch.randn(frames, *frame_shape, generator=g, device=g.device) for g in self.generators])
 
 
 def _check_policy(config: RetrievalConfig, embedding: Embedding | None) -> None:

@@ -49,13 +49,13 @@ class PromptEncoder:
         from transformers import AutoTokenizer, UMT5EncoderModel
 
         self.tokenizer = AutoTokenizer.from_pretrained(files.tokenizer, local_files_only=True)
-        # Converted while it is read: the published float32 file alone is twice the model in bfloat16.
+        # Converted while it is read, since the published float32 file is twice the size of the model in bfloat16.
         tensors = read_tensors(files.text_encoder)
         state = {_umt5_name(name): tensor.to(device, dtype) for name, tensor in tensors}
         config = _config(files.text_encoder, state)
         with torch.device("meta"):
             self.encoder = UMT5EncoderModel(config)
-        # The table stands under two names, and files hold it under either or both.
+        # The embedding table has two names, and files hold it under either or both.
         shared = "shared.weight" if "shared.weight" in state else "encoder.embed_tokens.weight"
         if shared in state:
             state["shared.weight"] = state["encoder.embed_tokens.weight"] = state[shared]
@@ -70,15 +70,15 @@ class PromptEncoder:
 
     @torch.no_grad()
     def encode(self, prompt: str) -> Tensor:
-        """A prompt to its embeddings, [up to 512, width], one per token; the rest of the prompt is cut off."""
+        """Embeddings of a prompt, one per token, [up to 512, width]; a longer prompt is truncated."""
         tokens = self.tokenizer(clean_prompt(prompt), truncation=True, max_length=_TEXT_LENGTH, return_tensors="pt")
         tokens = tokens.to(self.encoder.device)
-        # Without padding: masked tokens have no part in the others' embeddings.
+        # Without padding, since masked tokens do not affect the others' embeddings.
         return self.encoder(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state[0]
 
 
 def clean_prompt(prompt: str) -> str:
-    """Mend broken Unicode, resolve HTML entities, and join runs of white space, as Wan does before tokenizing."""
+    """Repair broken Unicode, resolve HTML entities and collapse white space, as Wan does before tokenising."""
     import ftfy
 
     text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
@@ -86,7 +86,7 @@ def clean_prompt(prompt: str) -> str:
 
 
 def _umt5_name(name: str) -> str:
-    """A parameter's name in transformers' layout, from that or Wan's own."""
+    """A parameter's name in transformers' layout, given its name there or in Wan's own."""
     match = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", name)
     if match and match[2] in _WAN_BLOCK_NAMES:
         return f"encoder.block.{match[1]}.{_WAN_BLOCK_NAMES[match[2]]}.weight"
@@ -94,7 +94,7 @@ def _umt5_name(name: str) -> str:
 
 
 def _config(path: Path, state: dict[str, Tensor]) -> Any:
-    """The UMT5 config: of the folder, or for Wan's single file read off the weights."""
+    """The UMT5 config: the folder's or, for Wan's single file, derived from the weights."""
     from transformers import UMT5Config
 
     if path.is_dir():

@@ -1,13 +1,12 @@
-"""Video files: H.264 written as the video grows, frames read in bounded memory, labelled panels.
+"""Video files: H.264 written while the video grows, and frames read in bounded memory.
 
 Frames are uint8 RGB arrays `[N, H, W, 3]` throughout.
 """
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -23,39 +22,37 @@ if TYPE_CHECKING:
 
 Frames = np.ndarray[Any, np.dtype[np.uint8]]
 
-# ffmpeg's codes for BT.709 and for limited ("TV") range. Untagged files are guessed at by players, by height.
+# ffmpeg's codes for BT.709 and for limited ("TV") range. Players guess the colours of untagged files by their height.
 _BT709 = 1
 _LIMITED_RANGE = 1
 _KEYFRAME_SECONDS = 2
+_RATE_FACTOR = 17  # of x264; visually lossless
 
 
 class VideoWriter:
     """Writes one H.264 file (yuv420p, BT.709, index in front) while its frames are being made.
 
-    Until it is finished the video lies beside its destination as `<stem>.partial.mp4`, in fragments of two seconds,
-    so that it plays at any moment, also after a crash. Leaving the `with` block normally moves it to `path`
-    with its index in front; leaving it by an exception or an interrupt closes the partial file and keeps it, and an
-    earlier file at `path` stays as it was. If no frame was written, nothing is left.
+    Until it is finished, the video is a file `<stem>.partial.mp4` in the same folder, in fragments of two seconds, so
+    that it can be played at any time, even after a crash. Leaving the `with` block normally moves it to `path` with its
+    index in front; an exception or interrupt closes and keeps the partial file, and an earlier file at `path` is left
+    alone. If no frame was written, no file remains.
 
     Args:
         path: destination, ending in `.mp4`. Its folder must exist.
         fps: frames per second, positive.
         size: (height, width) in pixels, both even; None takes that of the first frames.
-        quality: constant rate factor of x264, 0 (lossless) to 51; 17 is visually lossless.
 
     Raises:
-        ValueError: a suffix other than `.mp4`, an odd size, a frame rate or quality out of range.
+        ValueError: a suffix other than `.mp4`, an odd size, or a frame rate out of range.
         OSError: `path` is a folder, or its folder is missing or cannot be written to.
     """
 
-    def __init__(self, path: str | Path, *, fps: float, size: tuple[int, int] | None = None, quality: int = 17) -> None:
+    def __init__(self, path: str | Path, *, fps: float, size: tuple[int, int] | None = None) -> None:
         self.path = Path(path)
         if self.path.suffix.lower() != ".mp4":
             raise ValueError(f"path must end in .mp4, got {str(path)!r}")
         if not 0 < fps <= 1000:
             raise ValueError(f"fps must be above 0 and at most 1000, got {fps}")
-        if not 0 <= quality <= 51:
-            raise ValueError(f"quality must be between 0 and 51, got {quality}")
         if size is not None:
             _check_even(size)
         check_writable(self.path)
@@ -63,7 +60,6 @@ class VideoWriter:
         self.fps = Fraction(fps).limit_denominator(1001)
         self.size = size
         self.frames_written = 0
-        self._quality = quality
         self._container: av.container.OutputContainer | None = None
         self._stream: Any = None
         self._finished = False
@@ -111,10 +107,10 @@ class VideoWriter:
     def _open_container(self, height: int, width: int) -> None:
         import av
 
-        # Fragments, since an ordinary MP4 has its index written last and cannot be played without it.
+        # Fragments, since an ordinary MP4 cannot be played without its index, which is written last.
         layout = {"movflags": "frag_keyframe+empty_moov+default_base_moof", "flush_packets": "1"}
         self._container = av.open(str(self.partial_path), "w", format="mp4", options=layout)
-        options = {"crf": str(self._quality), "preset": "medium"}
+        options = {"crf": str(_RATE_FACTOR), "preset": "medium"}
         stream = self._container.add_stream("libx264", rate=self.fps, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
@@ -135,7 +131,7 @@ class VideoWriter:
 
 
 class VideoReader:
-    """Reads a video frame by frame; at any time one frame is in memory.
+    """Reads a video frame by frame; only one frame is in memory at a time.
 
         with VideoReader(path) as video:
             for image in video:          # uint8 [H, W, 3]
@@ -148,7 +144,7 @@ class VideoReader:
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: it is no video, has no video stream, or, while iterating, is damaged or ends early.
+        ValueError: it is not a video, has no video stream or, while iterating, turns out to be damaged or truncated.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -169,7 +165,7 @@ class VideoReader:
             self._container.close()
             raise ValueError(f"{self.path} holds no video stream")
         self._stream = self._container.streams.video[0]
-        # More threads than this only raise the number of pictures held.
+        # More threads would only hold more pictures in memory.
         self._stream.codec_context.thread_count = min(4, os.cpu_count() or 1)
         self._stream.thread_type = "AUTO"
         self.fps = float(self._stream.average_rate or self._stream.guessed_rate or 0)
@@ -195,106 +191,22 @@ class VideoReader:
                     yield np.asarray(picture.to_ndarray(format="rgb24", width=width, height=height), dtype=np.uint8)
         except av.error.FFmpegError as error:
             raise ValueError(f"{self.path} is damaged after frame {decoded}: {error.strerror}") from error
-        # MP4's index says how many packets follow; ffmpeg itself takes a file that was cut off for a shorter one.
+        # An MP4's index says how many packets there are; ffmpeg itself takes a truncated file for a shorter one.
         if "mp4" in self._container.format.name and self.frames is not None and packets < self.frames:
             raise ValueError(f"{self.path} is truncated: it declares {self.frames} frames and holds {packets}")
         if decoded == 0:
             raise ValueError(f"{self.path} holds no video frame")
 
 
-def read_video(path: str | Path, max_frames: int | None = None) -> tuple[Frames, float]:
-    """Read a whole video, or its first `max_frames` frames.
-
-    Returns:
-        frames uint8 [N, H, W, 3], and frames per second.
-
-    Raises:
-        OSError, ValueError: as `VideoReader`; `max_frames` below 1.
-    """
-    if max_frames is not None and max_frames < 1:
-        raise ValueError(f"max_frames must be at least 1, got {max_frames}")
-    images: list[Frames] = []
-    with VideoReader(path) as video:
-        for image in video:
-            images.append(image)
-            if len(images) == max_frames:
-                break
-        return np.stack(images), video.fps
-
-
-def side_by_side(panels: Mapping[str, Frames], *, columns: int | None = None, gap: int = 4) -> Frames:
-    """Lay videos out in a grid, each under its name.
-
-    Args:
-        panels: label -> uint8 [N, H, W, 3], all of one shape; shown row by row in the mapping's order.
-        columns: panels per row; None puts up to three in a row.
-        gap: pixels between panels.
-
-    Returns:
-        uint8 [N, H', W', 3], H' and W' even.
-
-    Raises:
-        ValueError: no panel, shapes that differ, or `columns` below 1.
-    """
-    if not panels:
-        raise ValueError("panels must hold at least one video, got none")
-    if columns is None:
-        columns = min(3, len(panels))
-    if columns < 1:
-        raise ValueError(f"columns must be at least 1, got {columns}")
-    shapes = set()
-    for name, frames in panels.items():
-        _check_frames(f"panels[{name!r}]", frames)
-        shapes.add(frames.shape)
-    if len(shapes) > 1:
-        raise ValueError(f"panels must have one shape, got {', '.join(str(shape) for shape in sorted(shapes))}")
-    count, height, width, _ = shapes.pop()
-    bar = caption_height(height)
-    rows = -(-len(panels) // columns)
-    total_height = rows * (bar + height) + (rows - 1) * gap
-    total_width = columns * width + (columns - 1) * gap
-    canvas = np.full((count, total_height + total_height % 2, total_width + total_width % 2, 3), 255, np.uint8)
-    for index, (name, frames) in enumerate(panels.items()):
-        row, column = divmod(index, columns)
-        top, left = row * (bar + height + gap), column * (width + gap)
-        canvas[:, top : top + bar, left : left + width] = caption(name, bar, width)
-        canvas[:, top + bar : top + bar + height, left : left + width] = frames
-    return canvas
-
-
-def caption_height(panel_height: int) -> int:
-    """Pixels of the bar that `side_by_side` puts above a panel of `panel_height` pixels: a twelfth, at least 20."""
-    return max(20, panel_height // 12 // 2 * 2)
-
-
-@functools.lru_cache(maxsize=64)
-def caption(text: str, height: int, width: int) -> Frames:
-    """Dark text centred on white, uint8 [height, width, 3]; too long a text is set smaller, then clipped."""
-    import matplotlib
-    from PIL import Image, ImageDraw, ImageFont
-
-    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-    points = max(8, round(0.62 * height))
-    font = ImageFont.truetype(str(path), points)
-    while points > 8 and font.getlength(text) > 0.96 * width:
-        points -= 1
-        font = ImageFont.truetype(str(path), points)
-    image = Image.new("RGB", (width, height), "white")
-    ImageDraw.Draw(image).text((width / 2, height / 2), text, fill=(20, 20, 20), font=font, anchor="mm")
-    picture = np.array(image)
-    picture.flags.writeable = False
-    return picture
-
-
 def _move_index_to_front(partial: Path, path: Path) -> None:
-    """Repack the fragments in `partial`, without coding them again, as one ordinary file at `path`."""
+    """Remux the fragments in `partial`, without encoding them again, into one ordinary file at `path`."""
     import av
 
-    with atomic_path(path) as beside:
+    with atomic_path(path) as temporary:
         layout = {"movflags": "faststart"}
-        with av.open(str(partial)) as source, av.open(str(beside), "w", format="mp4", options=layout) as target:
+        with av.open(str(partial)) as source, av.open(str(temporary), "w", format="mp4", options=layout) as target:
             stream = target.add_stream_from_template(source.streams.video[0])
-            # Fragments have no edit list, so frames that are coded out of order begin late.
+            # Fragments have no edit list, so a video whose frames are coded out of order starts late.
             delay = source.streams.video[0].start_time or 0
             for packet in source.demux(source.streams.video[0]):
                 if packet.dts is not None and packet.pts is not None:

@@ -1,4 +1,4 @@
-"""Where the public weights are had, and what of them a folder holds."""
+"""Where to download the public weights, and which of them a folder holds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Source:
     Attributes:
         repository: on huggingface.co.
         file: path in it.
-        size: in words; computed from the number of parameters where it says "about".
+        size: as text; "about" means computed from the number of parameters.
     """
 
     repository: str
@@ -25,12 +25,12 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Backbone:
-    """A family of published checkpoints that `CausalWanModel` runs.
+class PublishedFamily:
+    """A family of published checkpoints that `CausalWanModel` can run.
 
     Attributes:
-        checkpoint: the published file; None if there is no one such file.
-        weight_keys: entries of the file that may hold the weights, the one that its authors evaluate first.
+        checkpoint: the published file; None if there is no single one.
+        weight_keys: entries of the file that may hold the weights, starting with the one that its authors evaluate.
         lora: the adapter that belongs to it, if any.
     """
 
@@ -40,20 +40,20 @@ class Backbone:
 
 
 BACKBONES = {
-    "self-forcing": Backbone(
+    "self-forcing": PublishedFamily(
         Source("gdhe17/Self-Forcing", "checkpoints/self_forcing_dmd.pt", "about 5.7 GB"),
         ("generator_ema", "generator", "model"),
     ),
-    "causal-forcing": Backbone(
+    "causal-forcing": PublishedFamily(
         Source("zhuhz22/Causal-Forcing", "chunkwise/causal_forcing.pt", "about 5.7 GB"),
         ("generator", "generator_ema", "model"),
     ),
-    "longlive": Backbone(
+    "longlive": PublishedFamily(
         Source("Efficient-Large-Model/LongLive-1.3B", "models/longlive_base.pt", "about 5.7 GB"),
         ("generator", "generator_ema", "model"),
         Source("Efficient-Large-Model/LongLive-1.3B", "models/lora.pt", "about 1.4 GB"),
     ),
-    "wan": Backbone(None, ("generator_ema", "generator", "model", "state_dict")),
+    "wan": PublishedFamily(None, ("generator_ema", "generator", "model", "state_dict")),
 }
 
 _REPOSITORY = "Wan-AI/Wan2.1-T2V-1.3B"
@@ -68,10 +68,10 @@ _DIFFUSERS_VAE = Source(_DIFFUSERS_REPOSITORY, "vae", "0.5 GB")
 
 @dataclass(frozen=True)
 class WanFiles:
-    """The parts beside the transformer.
+    """The parts other than the transformer.
 
     Attributes:
-        text_encoder, vae: a file of Wan's own layout, or a folder of diffusers'.
+        text_encoder, vae: a file in Wan's own layout, or a folder in diffusers'.
         tokenizer: a folder.
     """
 
@@ -81,10 +81,10 @@ class WanFiles:
 
 
 def find_wan_files(folder: Path) -> WanFiles:
-    """Find text encoder, tokenizer and VAE in a folder of Wan's own or of diffusers' layout; nothing is read.
+    """Find text encoder, tokenizer and VAE in a folder of Wan's own or diffusers' layout, without reading them.
 
     Raises:
-        FileNotFoundError: one is missing; the message says which, where it is had, and its size.
+        FileNotFoundError: one is missing; the message says which one, where to download it, and its size.
     """
     diffusers = any((folder / part).exists() for part in ("model_index.json", "text_encoder", "vae"))
     if diffusers:
@@ -101,11 +101,11 @@ def find_wan_files(folder: Path) -> WanFiles:
 
 
 def find_checkpoint(backbone: str, checkpoint: Path | None) -> Path:
-    """The transformer's checkpoint, if it is there.
+    """The transformer's checkpoint, if it exists.
 
     Raises:
-        FileNotFoundError: it is not; the message says where the backbone's published one is had, and its size.
-        ValueError: none was named.
+        FileNotFoundError: it does not; the message says where to download the published one, and its size.
+        ValueError: none was given.
     """
     published = BACKBONES[backbone].checkpoint
     where = f"; {backbone} takes {from_where([published], Path('.'))}" if published else ""
@@ -117,9 +117,9 @@ def find_checkpoint(backbone: str, checkpoint: Path | None) -> Path:
 
 
 def from_where(sources: list[Source], folder: Path) -> str:
-    """Files of one repository with their sizes, and the command that brings them into `folder`."""
+    """Files of one repository with their sizes, and the command that downloads them into `folder`."""
     repository = sources[0].repository
-    # A part that is a folder in the repository is asked for by a pattern.
+    # hf download takes a pattern for a part that is a folder in the repository.
     patterns = " ".join(source.file if Path(source.file).suffix else f"'{source.file}/*'" for source in sources)
     files = ", ".join(map(str, sources))
     return (

@@ -13,10 +13,10 @@ from longlive_rag.models.tensor_files import read_tensors
 
 
 class StreamingDecoder:
-    """Decodes a video as it is made, with what its causal convolutions need of the past and nothing more.
+    """Decodes a video while it is being made, keeping only what its causal convolutions need of the past.
 
-    The frames are those that decoding the whole video at once gives. The first latent frame becomes one picture, every
-    later one four.
+    The result is that of decoding the whole video at once. The first latent frame becomes one picture, each later one
+    four.
 
     Args:
         vae: diffusers' `AutoencoderKLWan`.
@@ -36,7 +36,7 @@ class StreamingDecoder:
         """Load the VAE of a Wan folder, in Wan's own layout or diffusers'.
 
         Raises:
-            ValueError: the files do not hold a Wan VAE; the message names what is missing or superfluous.
+            ValueError: the files do not hold a Wan VAE; the message names what is missing or unexpected.
         """
         return cls(load_vae(files, device=device, dtype=dtype))
 
@@ -61,7 +61,7 @@ class StreamingDecoder:
     def reset(self) -> None:
         """Begin a new video."""
         self.vae.clear_cache()
-        # The list itself: another use of the VAE makes a new one and leaves ours alone.
+        # Our own reference: if the VAE is used elsewhere, it makes a new list and leaves this one alone.
         self._cache: list[Any] = self.vae._feat_map
         self._first = True
 
@@ -70,10 +70,10 @@ class StreamingDecoder:
         """Decode the next frames of the video.
 
         Args:
-            latents: [F, C, H, W], normalised, as the transformer makes them.
+            latents: [F, C, H, W], normalised, as the transformer outputs them.
 
         Returns:
-            uint8 [N, H', W', 3] on the CPU, N = 4F, or 4F - 3 where the video begins.
+            uint8 [N, H', W', 3] on the CPU, N = 4F, or 4F - 3 at the start of the video.
         """
         from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
@@ -102,7 +102,7 @@ class StreamingDecoder:
     def _move(self, device: torch.device | str) -> None:
         self.vae.to(device)
         for index, entry in enumerate(self._cache):
-            # An entry may also be a mark ("Rep") of a convolution that has not seen a second frame yet.
+            # Or the string "Rep", if the convolution has not seen a second frame yet.
             if isinstance(entry, Tensor):
                 self._cache[index] = entry.to(device)
 

@@ -1,8 +1,8 @@
 """The Wan 2.1 text-to-video transformer, causal and with memory.
 
-Parameter names and shapes are those of the public Wan-family checkpoints, so that they load strictly. The model holds
-no cache and knows no context policy: self-attention goes through an ``Attention`` that the caller supplies, in
-generation a `RetrievalMemory`.
+Parameter names and shapes are those of the public Wan-family checkpoints, so that these load strictly. The model has no
+cache and knows no context policy: self-attention goes through an ``Attention`` that the caller supplies, a
+`RetrievalMemory` in generation.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class CausalWanModel(nn.Module):
         """Rows and columns of tokens that a latent frame of this size becomes.
 
         Raises:
-            ValueError: the size is no multiple of the patch.
+            ValueError: the size is not a multiple of the patch.
         """
         rows, columns = self.patch_size[1:]
         if height % rows or width % columns:

@@ -1,7 +1,7 @@
-"""Public Wan-family checkpoints into a `CausalWanModel`, strictly.
+"""Strict loading of public Wan-family checkpoints into a `CausalWanModel`.
 
-Wan's own layout (Self-Forcing, Causal-Forcing, LongLive and most others keep it) and that of diffusers'
-``WanTransformer3DModel`` are understood, whole or sharded, under the prefixes that training wrappers leave.
+Both Wan's own layout (which Self-Forcing, Causal-Forcing, LongLive and most others keep) and that of diffusers'
+``WanTransformer3DModel`` can be read, whole or sharded, with any prefixes that training wrappers leave.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from longlive_rag.models.tensor_files import checkpoint_file, read_tensors
 WEIGHT_KEYS = ("generator_ema", "generator", "model", "state_dict")
 LORA_KEYS = ("generator_lora", "lora", "state_dict")
 
-# Every published Wan model has heads of this width; the weights alone do not tell.
+# Of every published Wan model; it cannot be derived from the weights.
 _HEAD_DIM = 128
 _WRAPPERS = {
     "_checkpoint_wrapped_module",
@@ -68,21 +68,21 @@ def load_causal_wan(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
 ) -> CausalWanModel:
-    """Build the model that a checkpoint holds, its sizes read off the weights.
+    """Build the model that a checkpoint holds; its sizes follow from the weights.
 
-    Weights are read one at a time, so that no second copy of the model is ever in memory. The number of heads comes
-    from a ``config.json`` beside safetensors; without one, every head is 128 wide.
+    Weights are read one at a time, so that there is never a second copy of the model in memory. The number of heads
+    comes from a ``config.json`` next to safetensors; without one, every head is taken to be 128 wide.
 
     Args:
         path: file, index of shards, or folder; see `tensor_files.checkpoint_file`.
-        weight_keys: entries of a `.pt` file to look for, best first.
-        lora: adapter to merge, in peft's names (``lora_A``, ``lora_B``).
-        lora_alpha: its scale times its rank; default the rank, unless the file stores an alpha.
+        weight_keys: entries of a `.pt` file to look for, in order of preference.
+        lora: adapter to merge, with peft's names (``lora_A``, ``lora_B``).
+        lora_alpha: its scale times its rank; default the alpha stored in the file or, if there is none, the rank.
         device, dtype: of the model.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, or a weight is missing, superfluous or of another shape; the message names it.
+        ValueError: a file is damaged, or a weight is missing, unexpected or misshapen; the message names it.
     """
     path = Path(path)
     adapter = _read_lora(Path(lora), lora_alpha) if lora is not None else {}
@@ -105,10 +105,10 @@ def load_causal_wan(
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
-    """Give `model` the tensors of `state` themselves, not copies.
+    """Put the tensors of `state` into `model`, without copying them.
 
     Raises:
-        ValueError: one is missing, superfluous or of another shape; the message names it.
+        ValueError: one is missing, unexpected or misshapen; the message names it.
     """
     expected = model.state_dict()
     missing = [name for name in expected if name not in state]
@@ -129,7 +129,7 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> 
 
 
 def wan_name(name: str) -> str:
-    """A parameter's name in Wan's own layout, from that or diffusers' layout, under any wrappers.
+    """A parameter's name in Wan's own layout, given its name there or in diffusers' layout, with any wrappers.
 
     >>> wan_name("model._fsdp_wrapped_module.blocks.3._fsdp_wrapped_module.self_attn.q.weight")
     'blocks.3.self_attn.q.weight'
@@ -150,7 +150,7 @@ def wan_name(name: str) -> str:
 
 
 def _sizes(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
-    """Arguments of `CausalWanModel`, from shapes and, where there is one, the config beside the weights."""
+    """Arguments of `CausalWanModel`, from the shapes and, if there is one, the config next to the weights."""
 
     def shape(name: str) -> torch.Size:
         if name not in state:
@@ -158,17 +158,17 @@ def _sizes(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
         return state[name].shape
 
     dim, in_dim, *patch_size = shape("patch_embedding.weight")
-    # By two names, so that a checkpoint which lacks one of them is still told what it lacks.
+    # Counted by two names, so that if a checkpoint lacks one of them, the error can still name what it lacks.
     layers = [
         int(match[1]) for name in state if (match := re.fullmatch(r"blocks\.(\d+)\.(ffn\.0|norm3)\.weight", name))
     ]
-    config = _config_beside(path)
+    config = _config_near(path)
     heads = config.get("num_heads", config.get("num_attention_heads"))
     if heads is None:
         if dim % _HEAD_DIM:
             raise ValueError(
-                f"{path} does not tell the number of heads: it has no config.json beside it, and its width {dim} is no "
-                f"multiple of {_HEAD_DIM}"
+                f"the number of heads of {path} is unknown: there is no config.json next to it, and its width {dim} is "
+                f"not a multiple of {_HEAD_DIM}"
             )
         heads = dim // _HEAD_DIM
     return {
@@ -186,9 +186,9 @@ def _sizes(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     }
 
 
-def _config_beside(path: Path) -> dict[str, Any]:
+def _config_near(path: Path) -> dict[str, Any]:
     config = checkpoint_file(path).parent / "config.json"
-    # A `.pt` file shares its folder with anything.
+    # The config.json in the folder of a `.pt` file may belong to anything.
     if not config.is_file() or path.suffix in (".pt", ".pth", ".bin"):
         return {}
     try:
@@ -222,7 +222,7 @@ def _merge(name: str, weight: Tensor, up: Tensor, down: Tensor, scale: float) ->
         raise ValueError(
             f"the LoRA of {name} must multiply to {list(weight.shape)}, got {list(up.shape)} and {list(down.shape)}"
         )
-    # Through float32: a product of rank 256 summed in bfloat16 loses what the adapter was trained for.
+    # In float32: a product of rank 256 summed in bfloat16 would lose what the adapter has learned.
     return weight.float() + scale * (up.float() @ down.float())
 
 

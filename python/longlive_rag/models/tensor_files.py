@@ -1,16 +1,15 @@
-"""Named tensors from files of every layout that checkpoints come in, one at a time."""
+"""Named tensors, one at a time, from checkpoint files of every common layout."""
 
 from __future__ import annotations
 
 import json
-import pickle
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from longlive_rag.files import load_checkpoint
 
 INDEX_SUFFIX = ".safetensors.index.json"
 # Stems under which diffusers, Wan and transformers save a model in a folder.
@@ -22,7 +21,7 @@ def checkpoint_file(path: Path) -> Path:
 
     Args:
         path: a `.safetensors`, `.pt`, `.pth` or `.bin` file, a `.safetensors.index.json`, or a folder that holds
-            `diffusion_pytorch_model` or `model` in one of the first and last of these.
+            `diffusion_pytorch_model` or `model` as safetensors, whole or sharded.
 
     Raises:
         FileNotFoundError: there is none.
@@ -42,12 +41,12 @@ def checkpoint_file(path: Path) -> Path:
 
 
 def read_tensors(path: Path, keys: Sequence[str] = ()) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of a checkpoint with its name, on the CPU; files are mapped, not read, where that is possible.
+    """Yield every tensor of a checkpoint with its name, on the CPU; files are mapped, not read, if possible.
 
     Args:
-        path: as of `checkpoint_file`.
-        keys: for `.pt` files, entries that may hold the weights, the first that is there wins; a file with none of them
-            holds the weights itself.
+        path: as in `checkpoint_file`.
+        keys: for `.pt` files, entries that may hold the weights; the first that is present wins, and a file with none
+            of them is taken to be the weights itself.
 
     Raises:
         FileNotFoundError: the checkpoint, or a shard that its index names, is missing.
@@ -68,7 +67,7 @@ def _shards(index: Path) -> list[Path]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = [index.parent / name for name in sorted(set(weight_map.values()))]
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of safetensors shards: it lacks a weight_map") from error
+        raise ValueError(f"{index} is not an index of safetensors shards: it lacks a weight_map") from error
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise FileNotFoundError(f"{index.parent} lacks {', '.join(missing)}, which {index.name} names")
@@ -78,18 +77,14 @@ def _shards(index: Path) -> list[Path]:
 def _read_safetensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118, the handle is no mapping
+            for name in file.keys():  # noqa: SIM118, the handle is not a mapping
                 yield name, file.get_tensor(name)
     except SafetensorError as error:
         raise ValueError(f"{path} cannot be read as safetensors: {error}") from error
 
 
 def _read_pickle(path: Path, keys: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
-    try:
-        # Only the zip format, torch's since 1.6, can be mapped.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint of tensors: {str(error).splitlines()[0]}") from error
+    content = load_checkpoint(path, mmap=True)
     content = next((content[key] for key in keys if key in content), content) if isinstance(content, dict) else content
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         found = ", ".join(map(str, list(content)[:8])) if isinstance(content, Mapping) else type(content).__name__

@@ -9,10 +9,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from longlive_rag.small_world import world
-from longlive_rag.small_world.codec import LATENT_CHANNELS, Codec
 from longlive_rag.embedding import LatentAutoencoder
 from longlive_rag.models.causal_wan import Attention, CausalWanModel, Prompt
+from longlive_rag.small_world import world
+from longlive_rag.small_world.codec import LATENT_CHANNELS, Codec
 
 ASSETS = Path(__file__).parent / "assets"
 DENOISING_STEPS = (1000, 750, 500, 250, 60)
@@ -20,11 +20,11 @@ TIMESTEP_SHIFT = 5.0
 SMALLEST_SIGMA = 1e-3
 
 
-class Backbone(CausalWanModel):
+class SmallBackbone(CausalWanModel):
     """A causal Wan transformer that predicts the clean latent, and the learned prompts of the world.
 
-    The network's output is the clean latent itself: noise need not pass through a narrow transformer that way.
-    `forward` turns it into the flow that samplers expect.
+    The network outputs the clean latent itself, so that noise need not pass through a narrow transformer. `forward`
+    turns it into the flow that samplers expect.
     """
 
     def __init__(self, dim: int = 192, ffn_dim: int = 576, num_heads: int = 3, num_layers: int = 4) -> None:
@@ -56,28 +56,28 @@ def load_codec(path: Path = ASSETS / "codec.safetensors") -> Codec:
     """The bundled codec.
 
     Raises:
-        OSError, ValueError: the file is missing, damaged or of another model.
+        OSError, ValueError: the file is missing, damaged or belongs to another model.
     """
     codec = Codec()
     _load(codec, path)
     return codec.eval().requires_grad_(False)
 
 
-def load_backbone(path: Path = ASSETS / "backbone.safetensors") -> Backbone:
+def load_backbone(path: Path = ASSETS / "backbone.safetensors") -> SmallBackbone:
     """The bundled backbone, in float32; raises as `load_codec`."""
-    backbone = Backbone()
+    backbone = SmallBackbone()
     _load(backbone, path)
     return backbone.eval().requires_grad_(False)
 
 
-def load_encoder(path: Path = ASSETS / "encoder.safetensors") -> LatentAutoencoder:
+def load_encoder() -> LatentAutoencoder:
     """The bundled retrieval encoder, trained on the backbone's own videos; raises as `load_codec`."""
-    return LatentAutoencoder.from_checkpoint(path).requires_grad_(False)
+    return LatentAutoencoder.from_checkpoint(ASSETS / "encoder.safetensors").requires_grad_(False)
 
 
 def _load(module: nn.Module, path: Path) -> None:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the package is not installed completely")
+        raise FileNotFoundError(f"{path} is missing: the installation is incomplete")
     try:
         state = load_file(path)
     except SafetensorError as error:

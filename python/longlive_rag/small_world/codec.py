@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 LATENT_CHANNELS, LATENT_SIZE, PATCH = 16, 8, 8
+LATENT_SHAPE = (LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE)
+ENCODER_WIDTH, DECODER_WIDTHS = 192, (96, 48, 32)
 
 
 class Codec(nn.Module):
@@ -16,8 +18,10 @@ class Codec(nn.Module):
     only; the decoder overlaps, so that no seams show. Latent channels have mean 0 and variance 1 over the world.
     """
 
-    def __init__(self, width: int = 192, decoder_widths: tuple[int, int, int] = (96, 48, 32)) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        width = ENCODER_WIDTH
+        first, second, third = DECODER_WIDTHS
         self.encoder = nn.Sequential(
             nn.Conv2d(3, width, PATCH, PATCH),
             nn.SiLU(),
@@ -26,7 +30,6 @@ class Codec(nn.Module):
             nn.Conv2d(width, LATENT_CHANNELS, 1),
             nn.BatchNorm2d(LATENT_CHANNELS, affine=False),
         )
-        first, second, third = decoder_widths
         self.decoder = nn.Sequential(
             nn.Conv2d(LATENT_CHANNELS, first, 3, padding=1),
             nn.SiLU(),

@@ -12,18 +12,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from longlive_rag import figures
 from longlive_rag.config import RetrievalConfig
-from longlive_rag.small_world import world
-from longlive_rag.small_world.codec import Codec
 from longlive_rag.embedding import Embedding
-from longlive_rag.small_world.retrieval_quality import RetrievalQuality, effective_rank, retrieval_quality, similarity_by_lag
-from longlive_rag.files import atomic_path
 from longlive_rag.generation.video import VideoReader
+from longlive_rag.intervals import bootstrap_interval
+from longlive_rag.small_world import measure, world
+from longlive_rag.small_world.backbone import SmallBackbone
+from longlive_rag.small_world.codec import LATENT_SHAPE, Codec
+from longlive_rag.small_world.corpus import encode_frames
+from longlive_rag.small_world.policies import POLICIES
+from longlive_rag.small_world.retrieval_quality import (
+    RetrievalQuality,
+    effective_rank,
+    retrieval_quality,
+    similarity_by_lag,
+)
 from longlive_rag.training.latents import SUFFIXES, LatentVideo
-from longlive_rag.training.sources import SMALL_WORLD_SHAPE, encode_frames
 
 LONGEST_LAG = 60
 QUERIES = ("latest", "draft")
+SEED, NOISE = 10_000, 0.3
+ROLLOUT_TRACK, ROLLOUT_LAPS = "pans", 4
+ROLLOUT_SEED = 5000  # of tuning; the benchmark's own stays unseen
 _COLUMNS = ("same place", "nearest beat", "margin", "newest asks")
 _PIXELS_PER_LATENT, _PICTURES_PER_LATENT = 8, 4  # of Wan's VAE
 
@@ -41,16 +52,14 @@ class WorldVideos:
     drafts: Tensor
 
 
-def world_videos(
-    codec: Codec, videos: int = 8, frames: int = 160, draws: int = 24, noise: float = 0.3, seed: int = 10_000
-) -> WorldVideos:
+def world_videos(codec: Codec, videos: int = 8, frames: int = 160, draws: int = 24) -> WorldVideos:
     """The benchmark's camera walks with casts of their own, `videos` for each track; `draws` casts make a draft.
 
-    All latents get noise of this standard deviation (theirs is 1), since generated ones are not exact.
+    All latents get noise of standard deviation `NOISE` (theirs is 1), since generated ones are not exact.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(SEED)
     views, phases = (axis.ravel() for axis in np.mgrid[: world.VIEWS, : world.PHASES])
-    expected = torch.zeros(len(views), *SMALL_WORLD_SHAPE)
+    expected = torch.zeros(len(views), *LATENT_SHAPE)
     for _ in range(draws):
         expected += encode_frames(codec, views, phases, world.draw_cast(generator, len(views))) / draws
     made = []
@@ -58,10 +67,10 @@ def world_videos(
         walk = world.walk(track, frames)
         for cast in world.draw_cast(generator, videos):
             made.append((walk, encode_frames(codec, walk.views, walk.phases, cast)))
-    noises = torch.Generator().manual_seed(seed)
+    noises = torch.Generator().manual_seed(SEED)
 
     def noisy(latents: Tensor) -> Tensor:
-        return latents + noise * torch.randn(latents.shape, generator=noises)
+        return latents + NOISE * torch.randn(latents.shape, generator=noises)
 
     drafts = noisy(expected).unflatten(0, (world.VIEWS, world.PHASES))
     return WorldVideos([(walk, noisy(latents)) for walk, latents in made], drafts)
@@ -97,8 +106,22 @@ def measure_on_world(embedding: Embedding, truth: WorldVideos, config: Retrieval
     }
 
 
+def measure_in_rollouts(embedding: Embedding, model: SmallBackbone, codec: Codec, videos: int) -> dict[str, float]:
+    """Share of inhabitants that are still themselves when they come back, where memory is searched by this embedding.
+
+    Roll-outs of the "retrieval" policy on pans, first lap given, so that real drafts ask. Mean, 95% interval over
+    videos, and chance.
+    """
+    walk = world.walk(ROLLOUT_TRACK, world.lap_frames(ROLLOUT_TRACK, ROLLOUT_LAPS))
+    policy = POLICIES["retrieval"]
+    score, _ = measure.measure(
+        model, codec, policy, walk, seed=ROLLOUT_SEED, videos=videos, given=True, embedding=embedding
+    )
+    return {**score.interval(), "chance": round(score.chance, 4)}
+
+
 def measure_alone(embedding: Embedding, latents: Tensor) -> dict[str, Any] | None:
-    """What can be said of latents [T, C, H, W] without a truth; None if the embedding is for other latents."""
+    """What can be said of latents [T, C, H, W] without a known truth; None if the embedding is for other latents."""
     try:
         embeddings = embedding.embed(latents)
     except ValueError:
@@ -111,7 +134,7 @@ def measure_alone(embedding: Embedding, latents: Tensor) -> dict[str, Any] | Non
 
 
 def read_latents_or_video(path: Path) -> Tensor:
-    """Latents of a file [T, C, H, W]; of a video, where there is no VAE to ask, its pictures at a VAE's resolution.
+    """Latents [T, C, H, W] of a file; of a video, for which there is no VAE here, its pictures at a VAE's resolution.
 
     These stand-ins are [T, 3, H, W] in -1 .. 1: every fourth picture, each pixel the mean of 8 x 8.
     """
@@ -127,8 +150,9 @@ def read_latents_or_video(path: Path) -> Tensor:
 
 
 def comparison_table(report: Mapping[str, Any]) -> str:
-    """One line an embedding: what the draft finds on each track, what the newest frame finds, rank."""
-    rows = [("embedding", "D", *(f"{track} {name}" for track in world.TRACKS for name in _COLUMNS), "rank")]
+    """One line per embedding: what draft and newest frame find on each track, rank, roll-outs if there are any."""
+    columns = [f"{track} {name}" for track in world.TRACKS for name in _COLUMNS]
+    rows: list[tuple[str, ...]] = [("embedding", "D", *columns, "rank", "pans roll-outs")]
     for name, result in report["small_world"].items():
         cells = []
         for track in world.TRACKS:
@@ -136,7 +160,8 @@ def comparison_table(report: Mapping[str, Any]) -> str:
             draft, latest = queries["draft"], queries["latest"]
             cells += [_interval(draft["precision_at_1"]), _interval(draft["best_at_1"])]
             cells += [f"{draft['margin']['mean']:+.3f}", f"{latest['precision_at_1']['mean']:.3f}"]
-        rows.append((name, str(result["dimension"]), *cells, f"{result['effective_rank']:.1f}"))
+        rollouts = _interval(result["rollouts"]) if "rollouts" in result else "-"
+        rows.append((name, str(result["dimension"]), *cells, f"{result['effective_rank']:.1f}", rollouts))
     lines = ["small world, at arrivals (95% interval over videos)", *_aligned(rows)]
     for path, results in report["files"].items():
         rows = [("embedding", "D", "rank", "similarity at lag 1", "8", "30")]
@@ -153,14 +178,10 @@ def comparison_table(report: Mapping[str, Any]) -> str:
 
 def draw_comparison(report: Mapping[str, Any], path: Path) -> None:
     """What each embedding finds, and its similarity against time lag, on the small world and in each file."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     measured = report["small_world"]
     files = {name: {k: v for k, v in results.items() if v} for name, results in report["files"].items()}
     colours = {name: f"C{index % 10}" for index, name in enumerate(measured)}
-    figure = Figure(figsize=(14, 11 if files else 7.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figures.figure(14, 11 if files else 7.5)
     rows = figure.add_gridspec(3 if files else 2, 1)
     top, middle = rows[0].subgridspec(1, len(world.TRACKS)), rows[1].subgridspec(1, len(world.TRACKS))
     for column, track in enumerate(world.TRACKS):
@@ -184,8 +205,7 @@ def draw_comparison(report: Mapping[str, Any], path: Path) -> None:
         for name, result in results.items():
             _draw_lags(axes, name, result["similarity_by_lag"], colours[name])
         axes.set_title(f"{Path(file).name}: similarity against time lag", fontsize=10)
-    with atomic_path(path) as partial:
-        figure.savefig(partial, dpi=100)
+    figures.save(figure, path)
 
 
 def _draw_lags(axes: Any, name: str, curve: Sequence[float], colour: str) -> None:
@@ -198,8 +218,7 @@ def _draw_lags(axes: Any, name: str, curve: Sequence[float], colour: str) -> Non
 def _summary(qualities: list[RetrievalQuality]) -> dict[str, dict[str, float]]:
     """Mean and 95% bootstrap interval over videos of every measure."""
     values = np.array([list(asdict(quality).values()) for quality in qualities])
-    drawn = np.random.default_rng(0).integers(0, len(values), (1000, len(values)))
-    low, high = np.quantile(values[drawn].mean(axis=1), (0.025, 0.975), axis=0)
+    low, high = bootstrap_interval(values, draws=1000)
     names = asdict(qualities[0])
     return {
         name: {"mean": float(mean), "low": float(below), "high": float(above)}

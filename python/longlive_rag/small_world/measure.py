@@ -14,28 +14,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longlive_rag.embedding import Embedding
+from longlive_rag.generation.rollout import FinishedBlock, stream
+from longlive_rag.generation.sampling import Sampling
+from longlive_rag.intervals import bootstrap_interval
 from longlive_rag.small_world import world
 from longlive_rag.small_world.backbone import (
     DENOISING_STEPS,
     TIMESTEP_SHIFT,
-    Backbone,
+    SmallBackbone,
     load_backbone,
     load_codec,
     load_encoder,
 )
 from longlive_rag.small_world.codec import LATENT_CHANNELS, LATENT_SIZE, Codec
 from longlive_rag.small_world.policies import POLICIES, Policy
-from longlive_rag.embedding import Embedding
-from longlive_rag.generation.rollout import FinishedBlock, stream
 
 Tick = Callable[[int], object]
-MOST_WORKERS = 4  # of about 0.5 GB each
+MAX_WORKERS = 4  # of about 0.5 GB each
 AWAY = 5  # an inhabitant out of sight for more frames than this has left every window
 
 
 @dataclass(frozen=True)
 class Recall:
-    """What one block of every video got from memory, most similar first."""
+    """What one block of every video retrieved, most similar first."""
 
     block_start: int
     frames: list[list[int]]
@@ -71,8 +73,8 @@ def revisits(walk: world.Walk) -> list[Revisit]:
     return sorted(found, key=lambda revisit: (revisit.frame, revisit.spot))
 
 
-def prompt_schedule(model: Backbone, walk: world.Walk) -> list[tuple[int, Tensor]]:
-    """The prompt of each camera position, from the frame on where it begins to hold."""
+def prompt_schedule(model: SmallBackbone, walk: world.Walk) -> list[tuple[int, Tensor]]:
+    """The prompt of each camera position and the first frame it applies to."""
     return [
         (frame, model.prompts[int(view)][None])
         for frame, view in enumerate(walk.views)
@@ -94,7 +96,7 @@ def first_lap(codec: Codec, walk: world.Walk, cast: np.ndarray) -> Tensor:
 
 
 def generate(
-    model: Backbone,
+    model: SmallBackbone,
     policy: Policy,
     walk: world.Walk,
     *,
@@ -103,7 +105,7 @@ def generate(
     given: Tensor | None = None,
     embedding: Embedding | None = None,
 ) -> Iterator[FinishedBlock]:
-    """Stream `videos` videos of one policy; with `given`, the first lap is not the model's own."""
+    """Stream `videos` videos of one policy; `given` [videos, lap, 16, 8, 8] stands for the first lap."""
     noise = initial_noise(seed, videos, len(walk.views))
     return stream(
         model,
@@ -111,9 +113,7 @@ def generate(
         prompt_schedule(model, walk),
         policy.config,
         embedding=embedding or load_encoder(),
-        denoising_steps=DENOISING_STEPS,
-        timestep_shift=TIMESTEP_SHIFT,
-        seed=seed,
+        sampling=Sampling(DENOISING_STEPS, TIMESTEP_SHIFT, seed=seed),
         selection=policy.selection(walk, seed) if policy.selection else None,
         given=given,
         capacity=len(walk.views),
@@ -121,7 +121,7 @@ def generate(
 
 
 def collect(codec: Codec, blocks: Iterable[FinishedBlock], tick: Tick = lambda frames: None) -> Videos:
-    """Decode a stream; `tick` hears how many frames every finished block has."""
+    """Decode a stream; `tick` is called with the number of frames of every finished block."""
     frames, recalls = [], []
     for block in blocks:
         batch, length = block.latents.shape[:2]
@@ -136,8 +136,8 @@ def answers(walk: world.Walk, frames: np.ndarray) -> tuple[np.ndarray, np.ndarra
     """Decode what a score needs from videos [videos, frames, 64, 64, 3].
 
     Returns:
-        Three arrays [videos, revisits]: who was there at the end of the first visit; who is there at the return; how
-        far that one is from a rendered sprite.
+        Three arrays [videos, revisits]: who was there at the end of the first visit; who is there at the return; the
+        latter's distance from a rendered sprite.
     """
     events = revisits(walk)
     needed = sorted({event.frame for event in events} | {event.first_seen for event in events})
@@ -157,12 +157,11 @@ class Score:
     chance: float
     error: float
 
-    def interval(self, chosen: np.ndarray | None = None, draws: int = 2000) -> dict[str, float | int]:
+    def interval(self, chosen: np.ndarray | None = None) -> dict[str, float | int]:
         """Mean over videos with its 95% bootstrap interval over videos, as the report holds it."""
         correct = self.correct if chosen is None else self.correct[:, chosen]
         each = correct.mean(axis=1)
-        means = np.random.default_rng(0).choice(each, (draws, len(each))).mean(axis=1)
-        low, high = np.quantile(means, (0.025, 0.975))
+        low, high = bootstrap_interval(each)
         numbers = {"mean": each.mean(), "low": low, "high": high}
         return {**{name: round(float(value), 4) for name, value in numbers.items()}, "videos": len(each)}
 
@@ -178,7 +177,7 @@ def score(truth: np.ndarray, now: np.ndarray, error: np.ndarray) -> Score:
 
 
 def measure(
-    model: Backbone,
+    model: SmallBackbone,
     codec: Codec,
     policy: Policy,
     walk: world.Walk,
@@ -186,12 +185,20 @@ def measure(
     seed: int,
     videos: int,
     given: bool,
+    embedding: Embedding | None = None,
     tick: Tick = lambda frames: None,
 ) -> tuple[Score, Videos]:
-    """Generate and score; the first lap is given, or the model's own."""
+    """Generate and score.
+
+    Args:
+        given: the first lap is rendered; else it is the model's own.
+        embedding: what memory is searched by; default the bundled encoder.
+        tick: called with the number of frames of every finished block.
+    """
     cast = world.draw_cast(np.random.default_rng(seed), videos)
     lap = first_lap(codec, walk, cast) if given else None
-    result = collect(codec, generate(model, policy, walk, seed=seed, videos=videos, given=lap), tick)
+    blocks = generate(model, policy, walk, seed=seed, videos=videos, given=lap, embedding=embedding)
+    result = collect(codec, blocks, tick)
     first, now, error = answers(walk, result.frames)
     truth = cast[:, [event.spot for event in revisits(walk)]] if given else first
     return score(truth, now, error), result
@@ -201,7 +208,7 @@ def measure(
 
 
 @dataclass(frozen=True)
-class Job:
+class Condition:
     """One policy, with the first lap given or generated."""
 
     policy: str
@@ -210,27 +217,28 @@ class Job:
 
 def measure_all(
     track: str, frames: int, *, policies: Sequence[str], seed: int, videos: int, tick: Tick, workers: int | None = None
-) -> dict[Job, tuple[Score, Videos]]:
-    """Measure the bundled backbone under several policies, each in one thread, as many at a time as there are cores.
+) -> dict[Condition, tuple[Score, Videos]]:
+    """Measure the bundled backbone under several policies, each in a process of one thread, as many at a time as there
+    are cores.
 
     A roll-out of this size is a long chain of tiny operations: two processes use two cores where two threads would not.
     """
     walk = world.walk(track, frames)
-    jobs = [Job(policy, given) for policy in policies for given in (True, False)]
-    workers = workers or min(_cores(), MOST_WORKERS)
+    conditions = [Condition(policy, given) for policy in policies for given in (True, False)]
+    workers = workers or min(_cores(), MAX_WORKERS)
     context = multiprocessing.get_context("spawn")
     counter, stop = context.Value("l", 0), context.Event()
     executor = ProcessPoolExecutor(workers, context, _start_worker, (counter, stop))
     told = 0
     try:
-        futures = {executor.submit(_work, job, walk, seed, videos): job for job in jobs}
+        futures = {executor.submit(_work, condition, walk, seed, videos): condition for condition in conditions}
         pending = set(futures)
         while pending:
             _, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
             now = counter.value
             tick(now - told)
             told = now
-        return {job: future.result() for future, job in futures.items()}
+        return {condition: future.result() for future, condition in futures.items()}
     finally:
         stop.set()
         executor.shutdown(cancel_futures=True)
@@ -243,22 +251,23 @@ def _cores() -> int:
 
 def _start_worker(counter: Any, stop: Any) -> None:
     global _shared, _models
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's, which sets `stop`
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles an interrupt, by setting `stop`
     torch.set_num_threads(1)
     _shared, _models = (counter, stop), (load_backbone(), load_codec())
 
 
-def _work(job: Job, walk: world.Walk, seed: int, videos: int) -> tuple[Score, Videos]:
+def _work(condition: Condition, walk: world.Walk, seed: int, videos: int) -> tuple[Score, Videos]:
     counter, stop = _shared
 
     def tick(frames: int) -> None:
         if stop.is_set():
-            raise InterruptedError("the demo was stopped")
+            raise InterruptedError("the measurement was stopped")
         with counter.get_lock():
             counter.value += frames
 
     model, codec = _models
-    return measure(model, codec, POLICIES[job.policy], walk, seed=seed, videos=videos, given=job.given, tick=tick)
+    policy = POLICIES[condition.policy]
+    return measure(model, codec, policy, walk, seed=seed, videos=videos, given=condition.given, tick=tick)
 
 
 _shared: Any = None

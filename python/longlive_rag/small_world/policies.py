@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from longlive_rag.config import Query, RetrievalConfig
-from longlive_rag.small_world import world
 from longlive_rag.selection import (
     OracleSelection,
     RandomSelection,
@@ -17,6 +16,7 @@ from longlive_rag.selection import (
     SimilaritySelection,
     UniformSelection,
 )
+from longlive_rag.small_world import world
 
 CONTEXT, MEMORY = 6, 2
 

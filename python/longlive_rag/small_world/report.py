@@ -1,4 +1,4 @@
-"""What the demo leaves: report, videos, the side-by-side video and the picture of the memory."""
+"""What the demo leaves: the report, the videos, the comparison of all policies and the picture of the memory."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from longlive_rag import figures
+from longlive_rag.generation.video import VideoWriter
 from longlive_rag.small_world import world
 from longlive_rag.small_world.measure import Score, Videos, revisits
 from longlive_rag.small_world.policies import POLICIES
-from longlive_rag.files import atomic_path
-from longlive_rag.generation.video import VideoWriter
 
 FPS = 8
 SCALE = 6  # 64 pixels become 384
@@ -57,8 +57,8 @@ def write_comparison(
 ) -> None:
     """All policies side by side, frames [N, 64, 64, 3] each.
 
-    After the first lap every inhabitant is underlined: green where it is who it was at its first visit (`truth`: per
-    policy the sprite of every spot, -1 unknown), red where it is another.
+    After the first lap every inhabitant is underlined: in green where it is the one of the first visit (`truth`: for
+    each policy the sprite of every spot, -1 unknown), in red where it is another.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -78,7 +78,7 @@ def write_comparison(
                     mark(draw, clip[time], int(walk.views[time]), truth[name], left, top + CAPTION)
             story = f"frame {time}: {where(walk, time)}"
             draw.text((8, height - CAPTION + 4), story, font=small, fill=(200, 200, 210))
-            legend = "underlined: who stood there in the first lap (green), somebody else (red)"
+            legend = "underlined: the inhabitant of the first lap (green) or another (red)"
             draw.text((width - 8, height - CAPTION + 4), legend, font=small, fill=(200, 200, 210), anchor="ra")
             video.write(np.asarray(canvas)[None])
 
@@ -111,17 +111,13 @@ def first_residents(walk: world.Walk, frames: np.ndarray) -> np.ndarray:
     return residents
 
 
-def draw_memory(path: Path, walk: world.Walk, videos: Mapping[str, Videos], video: int = 0) -> None:
-    """What each block of one video retrieved, similarity as colour.
+def draw_memory(path: Path, walk: world.Walk, videos: Mapping[str, Videos]) -> None:
+    """What each block of the first video retrieved, similarity as colour.
 
-    Frames that show the same place are shaded; blocks at which an inhabitant comes back are ringed: there only memory
-    knows who it was. videos: the policies to show, one panel each.
+    Frames that show the same place are shaded. Blocks at which an inhabitant comes back are ringed: only memory knows
+    who it was. videos: the policies to show, one panel each.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4 * len(videos), 6.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figures.figure(6.4 * len(videos), 6.8)
     time = np.arange(len(walk.views))
     apart = np.abs(walk.views[:, None] - walk.views[None])
     same_place = apart < world.VIEWS_PER_PLACE // 2
@@ -131,28 +127,27 @@ def draw_memory(path: Path, walk: world.Walk, videos: Mapping[str, Videos], vide
     axes = np.atleast_1d(figure.subplots(1, len(videos), sharey=True))
     for axis, (name, clip) in zip(axes, videos.items(), strict=True):
         axis.imshow(shade, origin="lower", cmap="Greys", vmin=0, vmax=6, interpolation="nearest")
-        starts = np.concatenate([np.full(len(r.frames[video]), r.block_start) for r in clip.recalls])
-        frames = np.concatenate([r.frames[video] for r in clip.recalls]).astype(int)
-        similarity = np.concatenate([r.similarity[video] for r in clip.recalls])
+        starts = np.concatenate([np.full(len(r.frames[0]), r.block_start) for r in clip.recalls])
+        frames = np.concatenate([r.frames[0] for r in clip.recalls]).astype(int)
+        similarity = np.concatenate([r.similarity[0] for r in clip.recalls])
         ringed = np.isin(starts, returns)
         points = axis.scatter(starts, frames, c=similarity, s=9, cmap="viridis", vmin=0.3, vmax=1.0, zorder=3)
         axis.scatter(starts[ringed], frames[ringed], s=42, facecolors="none", edgecolors="tab:red", zorder=4)
-        recalled = {
-            r.block_start: [world.visible_spots(int(walk.views[f])) for f in r.frames[video]] for r in clip.recalls
-        }
+        recalled = {r.block_start: [world.visible_spots(int(walk.views[f])) for f in r.frames[0]] for r in clip.recalls}
         shown = np.mean([any(event.spot in spots for spots in recalled[event.frame]) for event in events])
-        axis.set_title(f"{POLICIES[name].label}: shows {100 * shown:.0f}% of those who come back", fontsize=12)
+        axis.set_title(f"{POLICIES[name].label}: shows {100 * shown:.0f}% of returning inhabitants", fontsize=12)
         axis.axvline(walk.lap - 0.5, color="tab:red", linewidth=1, linestyle="--")
-        axis.set_xlabel("frame being made (dashed: the first lap ends; ringed: somebody comes back)")
-    axes[0].set_ylabel("frame that memory gave back (grey: it shows the same place)")
+    axes[0].set_ylabel("frame retrieved (grey: shows the same place)")
+    figure.supxlabel(
+        "frame being generated (dashed: end of the first lap; ringed: an inhabitant comes back)", fontsize=10
+    )
     figure.colorbar(points, ax=axes, label="cosine similarity to the query", shrink=0.8)
-    with atomic_path(path) as partial:
-        figure.savefig(partial, dpi=110)
+    figures.save(figure, path, dpi=110)
 
 
 def table(policies: Mapping[str, Mapping[str, Any]]) -> str:
     """The report as text."""
-    rows = [f"{'who is still themselves':30}  {'first lap given':>22}  {'first lap generated':>22}"]
+    rows = [f"{'inhabitants still themselves':30}  {'first lap given':>22}  {'first lap generated':>22}"]
     for name, facts in policies.items():
         cells = [
             f"{value['mean']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,9 +28,19 @@ class RetrievalQuality:
     best_at_1: float
     """Share of blocks whose most similar frame is right and no other right one is nearer in the motion's phase."""
     margin: float
-    """Similarity of the best right frame less that of the best wrong one."""
-    blocks: float
+    """Similarity of the best right frame minus that of the best wrong one."""
+    blocks: int
     """Blocks asked."""
+
+
+class _Answer(NamedTuple):
+    """What one block found; the terms of `RetrievalQuality`'s means."""
+
+    precision_at_1: float
+    precision_at_k: float
+    recall_at_k: float
+    best_at_1: float
+    margin: float
 
 
 def retrieval_quality(
@@ -48,7 +59,7 @@ def retrieval_quality(
         None if no block could be asked.
     """
     unit, queries = F.normalize(embeddings.float(), dim=-1), F.normalize(queries.float(), dim=-1)
-    rows = []
+    answers = []
     for start in range(0, len(walk.views), config.block_frames):
         candidates = ContextPlan(config, start, config.block_frames).candidates
         arrives = start > 0 and walk.views[start] != walk.views[start - 1]
@@ -63,19 +74,19 @@ def retrieval_quality(
         apart = np.abs(walk.phases[here] - walk.phases[start]) % PHASES
         apart = np.minimum(apart, PHASES - apart)
         found, possible = right[top].sum(), min(config.memory_frames, right.sum())
-        rows.append(
-            (
-                right[top[0]],
-                found / len(top),
-                found / possible,
-                right[top[0]] and apart[top[0]] == apart[right].min(),
-                similarity[right].max() - similarity[~right].max(),
+        answers.append(
+            _Answer(
+                precision_at_1=right[top[0]],
+                precision_at_k=found / len(top),
+                recall_at_k=found / possible,
+                best_at_1=right[top[0]] and apart[top[0]] == apart[right].min(),
+                margin=similarity[right].max() - similarity[~right].max(),
             )
         )
-    if not rows:
+    if not answers:
         return None
-    precision_at_1, precision_at_k, recall_at_k, best_at_1, margin = np.mean(rows, axis=0).tolist()
-    return RetrievalQuality(precision_at_1, precision_at_k, recall_at_k, best_at_1, margin, blocks=len(rows))
+    means = _Answer(*np.mean(answers, axis=0).tolist())
+    return RetrievalQuality(**means._asdict(), blocks=len(answers))
 
 
 def similarity_by_lag(embeddings: Tensor, longest: int) -> list[float]:

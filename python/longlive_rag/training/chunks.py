@@ -1,4 +1,4 @@
-"""Chunks of consecutive latent frames, drawn anew for every epoch."""
+"""Chunks of consecutive latent frames, redrawn for every epoch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Chunk = tuple[int, int]
 
 
 class ChunkDataset(Dataset[Tensor]):
-    """Maps a `Chunk` to its latents, float32 [S, C, H, W]; reads these frames and no others."""
+    """Maps a `Chunk` to its latents, float32 [S, C, H, W]; reads only these frames."""
 
     def __init__(self, videos: Sequence[LatentVideo], chunk_frames: int) -> None:
         self.videos, self.chunk_frames = videos, chunk_frames
@@ -26,7 +26,7 @@ class ChunkDataset(Dataset[Tensor]):
 
 
 def split_videos(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Numbers of the training and of the validation videos: whole videos, at least one each, the same for a seed.
+    """Numbers of the training and the validation videos, at least one each, reproducible by seed.
 
     Raises:
         ValueError: fewer than two videos.
@@ -41,7 +41,7 @@ def split_videos(count: int, fraction: float, seed: int) -> tuple[list[int], lis
 def draw_chunks(
     videos: Sequence[LatentVideo], numbers: Sequence[int], chunk_frames: int, per_video: int, generator: torch.Generator
 ) -> list[Chunk]:
-    """An epoch: `per_video` chunks from each video at random places, in random order."""
+    """One epoch: `per_video` chunks from each video at random places, in random order."""
     chunks = [
         (number, int(torch.randint(videos[number].frames - chunk_frames + 1, (), generator=generator)))
         for number in numbers
@@ -53,7 +53,7 @@ def draw_chunks(
 def fixed_chunks(
     videos: Sequence[LatentVideo], numbers: Sequence[int], chunk_frames: int, per_video: int
 ) -> list[Chunk]:
-    """`per_video` chunks at equal distances over each video, the same in every epoch: for validation."""
+    """`per_video` chunks evenly spaced over each video, the same in every epoch, for validation."""
     return [
         (number, start)
         for number in numbers

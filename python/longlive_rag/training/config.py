@@ -1,4 +1,4 @@
-"""Everything that a training's result depends on besides its data."""
+"""Everything other than the data that the result of a training depends on."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from longlive_rag.embedding import LatentAutoencoder
 Precision = Literal["auto", "float32", "float16", "bfloat16"]
 
 SMALL_FRAME = 32
-"""Latent frames with a side below this have their own recipe."""
+"""Latent frames with a side shorter than this have their own recipe."""
 
 
 @dataclass(frozen=True)
 class CommonSettings:
-    """What does not depend on the size of the latents; the defaults are the paper's (arXiv 2606.02553)."""
+    """Settings that do not depend on the size of the latents; the defaults are the paper's (arXiv 2606.02553)."""
 
     weight_decay: float = 1e-4
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     gradient_clip: float = 1.0
-    """Largest gradient norm."""
+    """Largest gradient norm; larger gradients are scaled down to it."""
     chunk_frames: int = 8
     """Consecutive latent frames in a chunk (S)."""
     chunks_per_video: int = 1
     """Chunks drawn from each video in an epoch."""
     delta_weight: float = 1.0
-    """Weight of the Window Temporal Delta Loss; 0: without."""
+    """Weight of the window temporal delta loss; 0 turns it off."""
     delta_window: int = 3
-    """Its largest distance in latent frames (w)."""
+    """Largest distance between the frames it compares, in latent frames (w)."""
     delta_margin: float = 0.85
-    """Similarity up to which neighbours go free (m)."""
+    """Similarity up to which neighbours are not penalised (m)."""
     validation_fraction: float = 0.1
     """Share of the videos held out for validation."""
     precision: Precision = "auto"
-    """Mixed precision; "auto": float16 on a GPU, as in the paper, float32 on a CPU."""
+    """Mixed precision; auto is float16 on a GPU, as in the paper, and float32 on a CPU."""
     seed: int = 0
-    """Of the initial weights, the split and the order of chunks."""
+    """Seed of the initial weights, the validation split and the order of chunks."""
 
 
 @dataclass(frozen=True)
 class TrainingConfig(CommonSettings):
-    """A complete recipe, by default the paper's. For the fields without a word see `TrainingOptions`.
+    """A complete recipe, by default the paper's; `TrainingOptions` describes the fields.
 
     Raises:
         ValueError: a value is out of range.
@@ -76,13 +76,13 @@ class TrainingConfig(CommonSettings):
             raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, got {self.precision!r}")
 
     def autoencoder(self, channels: int, height: int, width: int) -> LatentAutoencoder:
-        """A fresh one for latent frames of this size, the same for the same seed."""
+        """An untrained autoencoder for latent frames of this size, reproducible by seed."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             return LatentAutoencoder(channels, height, width, self.embedding_dim, self.hidden_dims)
 
     def autocast_dtype(self, device: torch.device) -> torch.dtype:
-        """float32: no mixed precision."""
+        """Dtype of mixed precision; float32 means none."""
         if self.precision == "auto":
             return torch.float16 if device.type == "cuda" else torch.float32
         dtype: torch.dtype = getattr(torch, self.precision)
@@ -93,27 +93,28 @@ PAPER = TrainingConfig()
 SMALL = TrainingConfig(
     epochs=100, batch=16, learning_rate=1e-3, smooth_weight=0.02, embedding_dim=128, hidden_dims=(32, 64)
 )
-"""Two halvings of the resolution, since three would leave the small world one cell; many small steps, for a CPU; and a
-smoothing weight at which the embeddings do not collapse to a point, as they do there with the paper's 1
+"""Two halvings of the resolution, since three would leave the small world a single cell; many small steps, for a CPU;
+and a smoothing weight at which the embeddings do not collapse to a point, as they do with the paper's 1
 (docs/training.md)."""
 
 
 @dataclass(frozen=True)
 class TrainingOptions(CommonSettings):
-    """A recipe as a user gives it: what is left out is the paper's or, for small latent frames, `SMALL`'s."""
+    """A recipe as a user gives it: what is left out comes from the paper or, for small latent frames, from `SMALL`."""
 
     epochs: int | None = None
-    """Passes over the videos; default 400, the paper's, or 100 for latent frames with a side below 32."""
+    """Passes over the videos. Default: 400 as in the paper, or 100 for small latent frames (a side below 32)."""
     batch: int | None = None
-    """Chunks in a step, over all ranks; default 128, or 16 for small frames; all of an epoch's if there are fewer."""
+    """Chunks per step, over all ranks. Default: 128, or 16 for small frames; never more than one epoch has."""
     learning_rate: float | None = None
-    """Of AdamW, constant; default 3e-4, or 1e-3 for small frames."""
+    """Constant learning rate of AdamW. Default: 3e-4, or 1e-3 for small frames."""
     smooth_weight: float | None = None
-    """Weight of the trajectory smoothing, 0: without; default 1, or 0.02 for small frames, where 1 collapses them."""
+    """Weight of the trajectory smoothing loss; 0 turns it off. Default: 1, or 0.02 for small frames."""
     embedding_dim: int | None = None
-    """Width of the embedding; default 1024, or 128 for small frames."""
+    """Width of the embedding. Default: 1024, or 128 for small frames."""
     hidden_dims: tuple[int, ...] | None = None
-    """Channels of the encoder's stages, each of which halves the resolution; default 64 128 256, or 32 64."""
+    """Channels of the encoder's stages, each of which halves the resolution. Default: 64 128 256, or 32 64 for
+    small frames."""
 
     def config(self, height: int, width: int) -> TrainingConfig:
         """The complete recipe for latent frames of this size."""

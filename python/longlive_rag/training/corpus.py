@@ -1,4 +1,4 @@
-"""The latent corpus: a folder of clean latents, one file a video, made by a frozen generator."""
+"""The latent corpus: a folder of clean latents, one file per video, made by a frozen generator."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from longlive_rag.ranks import Ranks
 from longlive_rag.training.latents import write_latents
 
 SPARE_BYTES = 64 << 20
-"""Left free on the disk."""
+"""To leave free on the disk."""
 
 
 class LatentSource(Protocol):
-    """Makes videos by number. The same number gives the same video, whatever it is made together with."""
+    """Makes videos by number. A number always gives the same video, whichever others are made with it."""
 
     settings: dict[str, str | int | float]
-    """What the videos depend on; every run on one folder must share it."""
+    """What the videos depend on; the same for every run on one folder."""
     batch: int
     """Videos made together."""
     video_bytes: int
@@ -35,7 +35,7 @@ class LatentSource(Protocol):
 
 
 class Written(NamedTuple):
-    """What a rank has done."""
+    """How many videos a rank made, and how many there were before."""
 
     made: int
     existing: int
@@ -46,13 +46,13 @@ def video_path(folder: Path, number: int) -> Path:
 
 
 def write_corpus(source: LatentSource, folder: str | Path, videos: int, ranks: Ranks | None = None) -> Written:
-    """Make videos 0 .. videos - 1, this rank's share of them; those that are there already are kept.
+    """Make this rank's share of the videos 0 .. videos - 1; those that exist already are kept.
 
     The folder's `corpus.json` records the source's settings, so that one folder holds one corpus.
 
     Raises:
         ValueError: `videos` is not positive, or the folder holds another corpus.
-        OSError: the disk has no room for what is missing, or the folder cannot be written to.
+        OSError: the disk has no room for the missing videos, or the folder cannot be written to.
     """
     ranks = ranks or Ranks()
     if videos < 1:
@@ -60,7 +60,7 @@ def write_corpus(source: LatentSource, folder: str | Path, videos: int, ranks: R
     folder = output_folder(folder)
     _claim(folder, source.settings)
     missing = [number for number in range(videos) if not video_path(folder, number).exists()]
-    # By number, not by place in the list: another rank may be at work already, and see another list.
+    # By number, not by place in the list: another rank may have started already, and so see another list.
     mine = [number for number in missing if number % ranks.world == ranks.rank]
     _check_room(folder, len(missing) * source.video_bytes)
     with tqdm(total=len(mine), desc="videos", unit="video", disable=not ranks.first) as progress:

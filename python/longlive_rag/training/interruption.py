@@ -1,4 +1,4 @@
-"""Signals that ask a long run to come to an end."""
+"""Signals that ask a long run to stop."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from longlive_rag.files import atomic_path
+from longlive_rag.files import atomic_path, load_checkpoint
 
 SUFFIXES = (".safetensors", ".pt")
 KEY = "latents"
@@ -26,7 +25,7 @@ BadData = Literal["refuse", "skip"]
 
 @dataclass(frozen=True)
 class LatentVideo:
-    """The clean latents of one video, on disk; the header only has been read.
+    """The clean latents of one video, on disk; only the header has been read.
 
     shape: (frames, channels, height, width).
     """
@@ -41,7 +40,7 @@ class LatentVideo:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: the file is damaged, or holds something else than latents [T, C, H, W].
+            ValueError: the file is damaged, or holds something other than latents [T, C, H, W].
         """
         path = Path(path)
         if not path.is_file():
@@ -70,7 +69,7 @@ class LatentVideo:
         return self.shape[0]
 
     def read(self, start: int = 0, frames: int | None = None) -> Tensor:
-        """Frames ``start .. start + frames`` (None: to the end), float32 [frames, C, H, W]; loads nothing else."""
+        """Read frames ``start .. start + frames`` (None: to the end), and no others, as float32 [frames, C, H, W]."""
         stop = self.frames if frames is None else start + frames
         if not 0 <= start < stop <= self.frames:
             raise ValueError(f"frames {start} to {stop} of {self.path} do not exist, it has {self.frames}")
@@ -80,10 +79,10 @@ class LatentVideo:
             return file.get_slice(KEY)[start:stop].float()
 
     def check_finite(self) -> None:
-        """Read everything once, piece by piece.
+        """Read the whole file once, piece by piece.
 
         Raises:
-            ValueError: NaN or infinity; names the latent frame.
+            ValueError: it has NaN or infinity; the message names the latent frame.
         """
         for start in range(0, self.frames, _CHECKED_AT_ONCE):
             latents = self.read(start, min(_CHECKED_AT_ONCE, self.frames - start))
@@ -94,10 +93,10 @@ class LatentVideo:
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Latents of one size that can all be trained on.
+class LatentCorpus:
+    """Checked latents of one size, ready for training.
 
-    skipped: what was left out, one sentence each.
+    skipped: the files left out, with one sentence each.
     """
 
     videos: list[LatentVideo]
@@ -110,22 +109,22 @@ class Corpus:
 
 
 def write_latents(path: Path, latents: Tensor, metadata: dict[str, str]) -> None:
-    """Store latents [T, C, H, W] with their metadata, beside and renamed."""
+    """Write latents [T, C, H, W] and their metadata, atomically."""
     with atomic_path(path) as partial:
         partial.write_bytes(save({KEY: latents.detach().cpu().contiguous()}, metadata))
 
 
-def open_corpus(folder: str | Path, shortest: int, bad_data: BadData = "refuse") -> Corpus:
-    """Find and check all latents of a folder. Each file is read through once: what is accepted here can be trained on.
+def open_corpus(folder: str | Path, shortest: int, bad_data: BadData = "refuse") -> LatentCorpus:
+    """Find all latents of a folder and check them by reading every file once.
 
     Args:
         folder: with `.safetensors` or `.pt` files, at any depth.
-        shortest: latent frames a video must have.
-        bad_data: "refuse" the folder for one bad file, or "skip" it and go on.
+        shortest: minimum number of latent frames of a video.
+        bad_data: "refuse" the whole folder for one bad file, or "skip" the file.
 
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: a bad file, by name; or no good one.
+        ValueError: a file is bad, and named in the message; or none is good.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -149,10 +148,10 @@ def open_corpus(folder: str | Path, shortest: int, bad_data: BadData = "refuse")
             faults.append(str(error))
     if faults and bad_data == "refuse":
         others = f" (and {len(faults) - 1} more bad files)" if len(faults) > 1 else ""
-        raise ValueError(f"{faults[0]}{others}; leave out what is bad with --bad-data skip")
+        raise ValueError(f"{faults[0]}{others}; leave bad files out with --bad-data skip")
     if not good:
         raise ValueError(f"{folder} holds no usable latents: all {len(faults)} files are bad; the first: {faults[0]}")
-    return Corpus(good, faults)
+    return LatentCorpus(good, faults)
 
 
 def _usual_size(videos: Sequence[LatentVideo]) -> tuple[int, ...]:
@@ -170,11 +169,7 @@ def _check(video: LatentVideo, size: tuple[int, ...], shortest: int) -> None:
 
 
 def _map_pt(path: Path) -> Tensor:
-    try:
-        latents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        # A file cut short can be an OSError, too.
-        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    latents = load_checkpoint(path, mmap=True)
     if not isinstance(latents, Tensor):
         raise ValueError(f"{path} must hold a tensor of latents [T, C, H, W], got a {type(latents).__name__}")
     return latents

@@ -1,4 +1,4 @@
-"""What the retrieval autoencoder is trained for: arXiv 2606.02553, "retrieval autoencoder"."""
+"""The training objective of the retrieval autoencoder (LongLive-RAG, arXiv 2606.02553)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SMALLEST_SQUARE = 1e-8
-"""Under the root of the smoothing loss, whose gradient would be infinite on a straight line."""
+"""Added under the root of the smoothing loss, whose gradient would be infinite on a straight line."""
 
 
 class Losses(NamedTuple):
@@ -25,19 +25,20 @@ class Losses(NamedTuple):
 
 
 def reconstruction_loss(recon: Tensor, latents: Tensor) -> Tensor:
-    """mean (recon - x)^2 over every number of the batch. Tensors of one shape; computed in float32 or wider."""
+    """Mean of (recon - x)^2 over all elements. Tensors of the same shape; computed in float32 or wider."""
     return F.mse_loss(_wide(recon), _wide(latents))
 
 
 def temporal_delta_loss(embeddings: Tensor, window: int = 3, margin: float = 0.85) -> Tensor:
     """Window Temporal Delta Loss: 1/w sum over k = 1..w of mean_t max(0, cos(e_t, e_{t-k}) - margin).
 
-    Pushes neighbours in time apart, but only where they are more alike than `margin`. Each offset weighs the same,
+    Pushes temporal neighbours apart, but only if they are more similar than `margin`. Every offset has the same weight,
     however many pairs it has.
 
     Args:
         embeddings: [B, S, D], consecutive frames, not normalised.
         window: largest offset w; offsets of S or more have no pairs and are left out.
+        margin: similarity up to which neighbours are not penalised.
     """
     embeddings = _wide(embeddings)
     offsets = range(1, min(window, embeddings.shape[1] - 1) + 1)
@@ -48,9 +49,9 @@ def temporal_delta_loss(embeddings: Tensor, window: int = 3, margin: float = 0.8
 
 
 def smoothing_loss(embeddings: Tensor) -> Tensor:
-    """Trajectory smoothing: mean_t sqrt(|e_{t+1} - 2 e_t + e_{t-1}|^2 + 1e-8), an acceleration's length.
+    """Trajectory smoothing: mean_t sqrt(|e_{t+1} - 2 e_t + e_{t-1}|^2 + 1e-8), the magnitude of the acceleration.
 
-    Of embeddings as the encoder gives them, not normalised: a shorter embedding is a smoother one.
+    It is computed before normalisation, so shorter embeddings count as smoother.
 
     Args:
         embeddings: [B, S, D], consecutive frames; with S < 3 there is no acceleration and the loss is 0.

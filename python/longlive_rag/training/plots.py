@@ -1,4 +1,4 @@
-"""Pictures of a training."""
+"""The picture of a training."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from longlive_rag import figures
 from longlive_rag.embedding import Embedding
-from longlive_rag.files import atomic_path
 from longlive_rag.training.latents import LatentVideo
 
 _NAMES = {"reconstruction": "reconstruction", "delta": "temporal delta", "smooth": "smoothing", "total": "total"}
-_MOST_FRAMES = 160  # of a similarity matrix: more cannot be told apart
+_MOST_FRAMES = 160  # of a similarity matrix: more would be too small to see
 
 
 def similarity_matrix(embedding: Embedding, video: LatentVideo) -> np.ndarray:
-    """Cosine similarity of a video's latent frames with each other, at most its first 160: [T, T]."""
+    """Cosine similarity between the latent frames of a video, at most the first 160: [T, T]."""
     latents = video.read(0, min(video.frames, _MOST_FRAMES))
     with torch.no_grad():
         unit = F.normalize(embedding.embed(latents).float(), dim=-1)
@@ -26,14 +26,10 @@ def similarity_matrix(embedding: Embedding, video: LatentVideo) -> np.ndarray:
 
 
 def draw_training(path: Path, metrics: Path, before: np.ndarray, after: np.ndarray, video_name: str) -> None:
-    """Loss curves from the metrics file, and the similarity matrix of one held-out video before and after."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """Draw the loss curves of the metrics file, and the similarity matrix of a held-out video before and after."""
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     epochs = [line["epoch"] + 1 for line in lines]
-    figure = Figure(figsize=(13, 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figures.figure(13, 5.6)
     grid = figure.add_gridspec(1, 2, width_ratios=(1, 1))
     left = grid[0, 0].subgridspec(2, 2)
     for place, (term, name) in zip((left[0, 0], left[0, 1], left[1, 0], left[1, 1]), _NAMES.items(), strict=True):
@@ -57,5 +53,4 @@ def draw_training(path: Path, metrics: Path, before: np.ndarray, after: np.ndarr
         if column == 0:
             axes.set_ylabel(f"latent frame of {video_name} (held out)")
     figure.colorbar(image, ax=figure.axes[-2:], shrink=0.6, label="cosine")
-    with atomic_path(path) as partial:
-        figure.savefig(partial, dpi=110)
+    figures.save(figure, path, dpi=110)

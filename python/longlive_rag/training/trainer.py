@@ -1,11 +1,10 @@
-"""Trains the retrieval autoencoder: deterministic by seed, and an interruption at any step leaves no trace."""
+"""Trains the retrieval autoencoder: reproducible by seed, and resumable at any step with the same result."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
-import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -18,11 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from longlive_rag.files import atomic_path
+from longlive_rag.files import atomic_path, load_checkpoint
+from longlive_rag.ranks import Ranks
 from longlive_rag.training.chunks import Chunk, ChunkDataset, draw_chunks, fixed_chunks, split_videos
 from longlive_rag.training.config import TrainingConfig
-from longlive_rag.ranks import Ranks
-from longlive_rag.training.latents import Corpus
+from longlive_rag.training.latents import LatentCorpus
 from longlive_rag.training.losses import Losses, autoencoder_losses
 
 LAST, BEST, METRICS = "last.pt", "best.pt", "metrics.jsonl"
@@ -30,32 +29,32 @@ TERMS = ("total", *Losses._fields)
 SECONDS_BETWEEN_SAVES = 300.0
 
 
-class Trainer:
+class AutoencoderTrainer:
     """One training in one folder.
 
-    Leaves ``best.pt`` (lowest validation loss) and ``epoch_NNNN.pt`` in the released checkpoint's format, ``last.pt``,
-    which holds the state of the training besides, and ``metrics.jsonl``, a line an epoch.
+    Writes ``best.pt`` (lowest validation loss) and ``epoch_NNNN.pt`` in the released checkpoint's format, ``last.pt``,
+    which also holds the state of the training, and ``metrics.jsonl``, one line per epoch.
 
     Args:
         config: see `TrainingConfig`.
         corpus: checked latents.
         output: folder, which exists.
-        resume: go on from the folder's ``last.pt``.
+        resume: continue from the folder's ``last.pt``.
         save_every: epochs from one ``epoch_NNNN.pt`` to the next.
-        workers: processes that read latents for each rank.
-        tensorboard: write TensorBoard events to the folder, too.
+        workers: processes per rank that read latents.
+        tensorboard: also write TensorBoard events to the folder.
         label: shown with the progress.
 
     Raises:
         FileExistsError: the folder holds a training and `resume` is not set.
-        FileNotFoundError: `resume` without anything to resume.
-        ValueError: too few videos; or the training to be resumed had other settings or data.
+        FileNotFoundError: `resume` is set, but there is nothing to resume.
+        ValueError: there are too few videos, or the training to resume had other settings or data.
     """
 
     def __init__(
         self,
         config: TrainingConfig,
-        corpus: Corpus,
+        corpus: LatentCorpus,
         output: Path,
         *,
         ranks: Ranks,
@@ -92,7 +91,9 @@ class Trainer:
         if resume:
             self._load(last)
         elif last.exists():
-            raise FileExistsError(f"{output} holds a training already; go on with --resume, or choose another folder")
+            raise FileExistsError(
+                f"{output} already holds a training; continue it with --resume, or choose another folder"
+            )
         self.tensorboard = None
         if tensorboard and ranks.first:
             from torch.utils.tensorboard import SummaryWriter
@@ -140,7 +141,7 @@ class Trainer:
         return True
 
     def _train_epoch(self, model: nn.Module, progress: tqdm, stop: Callable[[], bool]) -> bool:
-        """The rest of the current epoch; False if it was stopped before the training's last step."""
+        """Do the rest of the current epoch; returns False if stopped before the last step of the training."""
         per_video, last_epoch = self.config.chunks_per_video, self.epoch + 1 == self.config.epochs
         self.random_state = self.generator.get_state()
         chunks = draw_chunks(
@@ -156,7 +157,7 @@ class Trainer:
         return True
 
     def save(self) -> None:
-        """Write the state, exact to the step, to ``last.pt``. All ranks call it together."""
+        """Write the state after the current step to ``last.pt``. All ranks must call this together."""
         sums = self.ranks.mean(self.sums.tolist(), self.device)
         if self.ranks.first:
             self._write_state(sums)
@@ -182,10 +183,10 @@ class Trainer:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist: there is nothing to resume")
         try:
-            content = torch.load(path, map_location=self.device, weights_only=True)
+            content = load_checkpoint(path, device=self.device)
             weights, state = content["model"], content["training"]
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} cannot be resumed, it is damaged or no training's state: {error}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} cannot be resumed: it is damaged, or not the state of a training") from error
         settings = {**asdict(self.config), "ranks": self.ranks.world}
         found = {**state["settings"], "ranks": state["ranks"]}
         names = [name for name in settings if found.get(name) != settings[name]]
@@ -291,7 +292,7 @@ class Trainer:
         return [(video.path.name, list(video.shape)) for video in self.corpus.videos]
 
     def _trim_metrics(self) -> None:
-        """Drop the epochs that are about to be done again, since the state was saved before them."""
+        """Drop epochs that will be repeated, because the state was saved before they ended."""
         path = self.output / METRICS
         if path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -302,7 +303,7 @@ class Trainer:
 
 @contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
-    """Deterministic kernels where there are any; the process's settings are given back afterwards."""
+    """Use deterministic kernels where they exist, and restore the process's settings afterwards."""
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False

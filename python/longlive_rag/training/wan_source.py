@@ -11,7 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longlive_rag.config import RetrievalConfig
-from longlive_rag.generation.rollout import PAPER_STEPS, Prompts
+from longlive_rag.generation.prompts import read_prompts
+from longlive_rag.generation.rollout import Prompts
+from longlive_rag.generation.sampling import PAPER_STEPS
 from longlive_rag.generation.text_encoder import PromptEncoder
 from longlive_rag.generation.wan_files import BACKBONES, find_checkpoint, find_wan_files
 from longlive_rag.models.checkpoints import load_causal_wan
@@ -21,23 +23,6 @@ NATIVE = RetrievalConfig(sink_frames=3, memory_frames=0, recency_guard=0, positi
 """Sink and sliding window of the published corpus (LongLive-RAG, configs/generate_latent.yaml)."""
 TIMESTEP_SHIFT = 5.0
 VAE_FACTOR = 8
-
-
-def read_prompts(path: Path) -> list[str]:
-    """One prompt a line; empty lines are passed over.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not UTF-8, or holds no prompt.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"prompts must be a UTF-8 text file, got {path}: {error}") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise ValueError(f"prompts must hold at least one prompt, got none in {path}")
-    return prompts
 
 
 def wan_source(
@@ -53,14 +38,15 @@ def wan_source(
     seed: int,
     device: torch.device,
 ) -> GeneratorSource:
-    """Load a generator and encode its prompts; video i has prompt i, over and over.
+    """Load a generator and encode its prompts; videos go through the prompts in turn.
 
     Args:
         backbone: a name of `wan_files.BACKBONES`.
         height, width: of the video in pixels, multiples of 16.
 
     Raises:
-        ValueError, OSError: something is missing, damaged or does not fit; before anything large is loaded if possible.
+        ValueError, OSError: something is missing, damaged or does not fit; raised before anything large is loaded if
+            possible.
     """
     if wan_dir is None or prompts is None:
         name = "wan_dir, the folder of Wan's text encoder," if wan_dir is None else "prompts, a text file,"

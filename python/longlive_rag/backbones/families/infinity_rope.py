@@ -7,32 +7,16 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from longlive_rag.backbones.families.family import Arguments, Family
 from longlive_rag.backbones.follow import Follower
+from longlive_rag.backbones.wan import WanFamily
+from longlive_rag.backbones.wan_attention import Arguments
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.context import ContextPlan
 
 KEPT_FRAMES = 2
-"""Newest frames that the pipeline keeps beside the sink when it flushes its cache."""
+"""Newest frames that the pipeline keeps besides the sink when it flushes its cache."""
 CUT_POSITION = 45
 """Where the pipeline puts the first block after a hard cut: far from everything else."""
-
-
-class InfinityRoPE(Family):
-    """Scene changes are read off the cache, whose index the pipeline then replaces by a new tensor."""
-
-    name = "Infinity-RoPE"
-    marks = frozenset({"timestep"})
-
-    def begin(self, sequence: Follower, start: int, frames: int, latents: Tensor, arguments: Arguments) -> None:
-        cache, notes, frame = arguments["kv_cache"], sequence.notes, sequence.frame(start)
-        index = cache["local_end_index"]
-        if frame == 0:
-            notes.clear()
-        elif notes["index"]() is not index:
-            notes["scene"] = Scene(frame, bool(cache.get("scene_cut")))
-        notes["index"] = weakref.ref(index)
-        sequence.follow(start, frames, latents, notes.get("scene", ContextPlan))
 
 
 @dataclass(frozen=True)
@@ -44,6 +28,39 @@ class Scene:
 
     def __call__(self, config: RetrievalConfig, start: int, frames: int) -> ContextPlan:
         return ScenePlan(config, start, frames, self)
+
+
+@dataclass
+class Scenes:
+    """The scenes of a video so far."""
+
+    index: weakref.ref[Tensor] | None = None
+    """The cache's index at the last pass; a scene change replaces it by a new tensor."""
+    current: Scene | None = None
+    """None: the first scene, whose context is the common one."""
+
+
+class InfinityRoPE(WanFamily):
+    """Scene changes are read off the cache, whose index the pipeline then replaces by a new tensor."""
+
+    name = "Infinity-RoPE"
+    marks = frozenset({"timestep"})
+
+    def new_state(self) -> Scenes:
+        return Scenes()
+
+    def start_pass(
+        self, follower: Follower[Scenes], start: int, frames: int, latents: Tensor, arguments: Arguments
+    ) -> None:
+        cache, frame = arguments["kv_cache"], follower.frame(start)
+        index = cache["local_end_index"]
+        if frame == 0:
+            follower.state = Scenes()
+        scenes = follower.state
+        if scenes.index is not None and scenes.index() is not index:
+            scenes.current = Scene(frame, bool(cache.get("scene_cut")))
+        scenes.index = weakref.ref(index)
+        follower.follow(start, frames, latents, scenes.current or ContextPlan)
 
 
 @dataclass(frozen=True)

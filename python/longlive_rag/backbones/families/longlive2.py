@@ -7,41 +7,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from longlive_rag.backbones.families.family import Arguments, LongLive
+from longlive_rag.backbones.families.longlive import LongLive
 from longlive_rag.backbones.follow import Follower
+from longlive_rag.backbones.wan_attention import Arguments
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.context import UNUSED, ContextPlan
-
-
-class LongLive2(LongLive):
-    """Its conditional and unconditional caches are two sequences; the cache says what the pipeline has pinned."""
-
-    name = "LongLive 2"
-    marks = frozenset({"t_scale", "use_relative_rope", "method", "original_seq_len", "temporal_offset"})
-
-    def begin(self, sequence: Follower, start: int, frames: int, latents: Tensor, arguments: Arguments) -> None:
-        notes, cache, frame = sequence.notes, arguments["kv_cache"], sequence.frame(start)
-        offset = _whole_offset(arguments.get("temporal_offset", 0.0))
-        if frame == 0:
-            notes["shots"] = Shots(offsets=((0, offset),))
-        elif sequence.block is not None:
-            if start != sequence.block.start:
-                notes["shots"] = _with_pin(notes["shots"], cache, frame, arguments["x"].shape[1] // frames)
-            elif "global_end_index" in cache and int(cache["global_end_index"]) <= arguments["current_start"]:
-                # The pipeline emptied its cache between two passes of a block.
-                raise ValueError("shot_clean_recache is not supported with retrieval memory; turn it off")
-        shots = notes["shots"]
-        if shots.offsets[-1][1] != offset:
-            shots = notes["shots"] = replace(shots, offsets=(*shots.offsets, (frame, offset)))
-        sequence.memory.scale_time(arguments.get("t_scale", 1.0))
-        sequence.follow(start, frames, latents, shots)
 
 
 @dataclass(frozen=True)
 class Shots:
     """The shots of a video so far; called, the context of a block."""
 
-    offsets: tuple[tuple[int, int], ...]
+    offsets: tuple[tuple[int, int], ...] = ((0, 0),)
     """First frame of each shot, and how far its absolute positions are moved."""
     pinned: range = range(0)
     """Frames that the pipeline has pinned in the context, besides the sink."""
@@ -51,6 +28,34 @@ class Shots:
 
     def offset(self, frame: int) -> int:
         return next(offset for first, offset in reversed(self.offsets) if frame >= first)
+
+
+class LongLive2(LongLive):
+    """Its conditional and unconditional passes have a cache each; the cache says what the pipeline has pinned."""
+
+    name = "LongLive 2"
+    marks = frozenset({"t_scale", "use_relative_rope", "method", "original_seq_len", "temporal_offset"})
+
+    def new_state(self) -> Shots:
+        return Shots()
+
+    def start_pass(
+        self, follower: Follower[Shots], start: int, frames: int, latents: Tensor, arguments: Arguments
+    ) -> None:
+        cache, frame = arguments["kv_cache"], follower.frame(start)
+        offset = _whole_offset(arguments.get("temporal_offset", 0.0))
+        if frame == 0:
+            follower.state = Shots(offsets=((0, offset),))
+        elif follower.block is not None:
+            if start != follower.block.start:
+                follower.state = _with_pin(follower.state, cache, frame, arguments["x"].shape[1] // frames)
+            elif "global_end_index" in cache and int(cache["global_end_index"]) <= arguments["current_start"]:
+                # The pipeline emptied its cache between two passes of a block.
+                raise ValueError("shot_clean_recache is not supported with retrieval memory; turn it off")
+        if follower.state.offsets[-1][1] != offset:
+            follower.state = replace(follower.state, offsets=(*follower.state.offsets, (frame, offset)))
+        follower.memory.scale_time(arguments.get("t_scale", 1.0))
+        follower.follow(start, frames, latents, follower.state)
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
+from typing import Any
+
 from torch import Tensor
 
-from longlive_rag.backbones.families.family import Arguments, Family
+from longlive_rag.backbones.family import CausalTransformer
 from longlive_rag.backbones.follow import Follower
+from longlive_rag.backbones.wan import WanFamily
+from longlive_rag.backbones.wan_attention import Arguments
 from longlive_rag.context import ContextPlan
 
 
-class RollingForcing(Family):
+class RollingForcing(WanFamily):
     """The window's later blocks are seen by nothing but the window, so only the clean pass can finish a block."""
 
     name = "Rolling Forcing"
     marks = frozenset({"updating_cache"})
     drafts = False
 
-    def begin(self, sequence: Follower, start: int, frames: int, latents: Tensor, arguments: Arguments) -> None:
-        sequence.follow(start, frames, latents, CleanPlan if arguments.get("updating_cache") else WindowPlan)
+    def longest_pass(self, model: Any, transformer: CausalTransformer) -> int | None:
+        # The window holds one block at each noise level.
+        block, steps = super().longest_pass(model, transformer), getattr(model, "denoising_step_list", None)
+        return block * len(steps) if block is not None and isinstance(steps, Sized) else block
+
+    def start_pass(
+        self, follower: Follower[Any], start: int, frames: int, latents: Tensor, arguments: Arguments
+    ) -> None:
+        follower.follow(start, frames, latents, CleanPlan if arguments.get("updating_cache") else WindowPlan)
 
 
 class WindowPlan(ContextPlan):

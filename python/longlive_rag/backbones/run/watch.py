@@ -13,10 +13,9 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from longlive_rag.backbones.find import holds_causal_attention
-from longlive_rag.backbones.patch import Patched, patch
-from longlive_rag.commands.run import Settings
-from longlive_rag.embedding import LatentAutoencoder
+from longlive_rag.backbones.find import holds_cached_attention
+from longlive_rag.backbones.patching import Patched, patch
+from longlive_rag.backbones.run.settings import Settings
 from longlive_rag.files import atomic_path
 from longlive_rag.retrieval_log import retrieval_entries
 
@@ -31,7 +30,7 @@ def watch() -> None:
         if module in seen:
             return
         seen.add(module)
-        if holds_causal_attention(module):
+        if holds_cached_attention(module):
             handle.remove()
             _patch(module, settings)
 
@@ -40,14 +39,10 @@ def watch() -> None:
 
 def _patch(module: nn.Module, settings: Settings) -> None:
     try:
-        embedding = None
-        if settings.embedding is not None:
-            device = next(module.parameters()).device
-            embedding = LatentAutoencoder.from_checkpoint(settings.embedding).to(device)
         patched = patch(
             module,
             settings.config,
-            embedding=embedding,
+            embedding=settings.embedding,
             device_frames=settings.device_frames,
             release_cache=not settings.keep_cache,
         )
@@ -60,10 +55,15 @@ def _patch(module: nn.Module, settings: Settings) -> None:
 def _report(patched: Patched, path: Path) -> None:
     videos = [
         retrieval_entries(retrieved, video)
-        for retrieved in [*patched.finished, patched.retrieved]
+        for retrieved in [*patched.earlier_videos, patched.retrieved]
         if retrieved
         for video in range(len(retrieved[0].frames))
     ]
-    content = {"family": patched.family, "released_bytes": patched.released_bytes, "videos": videos}
-    with atomic_path(path) as beside:
-        beside.write_text(json.dumps(content))
+    content = {
+        "family": patched.family,
+        "used": patched.used,
+        "released_bytes": patched.released_bytes,
+        "videos": videos,
+    }
+    with atomic_path(path) as partial:
+        partial.write_text(json.dumps(content))

@@ -1,6 +1,6 @@
-"""Imported by every Python that `longlive-rag run` starts: has the model patched once torch is there.
+"""Imported by every Python that `longlive-rag run` starts: has the model patched once torch has been imported.
 
-This folder comes first on PYTHONPATH; torch itself is not imported here, for most of those processes never need it.
+This folder comes first on PYTHONPATH. It does not import torch itself, which most of those processes never need.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 
 class TorchFinder(importlib.abc.MetaPathFinder):
-    """Lets torch be imported as ever, and then the watch begin."""
+    """Lets torch be imported as usual, and starts the watch right after."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
@@ -39,7 +39,7 @@ class TorchFinder(importlib.abc.MetaPathFinder):
 
 
 def _hand_over() -> None:
-    """Import the environment's own sitecustomize, which this one hides."""
+    """Import the environment's own sitecustomize, which this one shadows."""
     here = os.path.dirname(os.path.abspath(__file__))
     own = sys.modules.pop("sitecustomize", None)
     path = sys.path[:]
@@ -53,6 +53,15 @@ def _hand_over() -> None:
         sys.path[:] = path
 
 
+def _watch_from_torch_on() -> None:
+    if "torch" in sys.modules:  # a .pth file, which is read before this module, imported it
+        from longlive_rag.backbones.run.watch import watch
+
+        watch()
+    else:
+        sys.meta_path.insert(0, TorchFinder())
+
+
 if "LONGLIVE_RAG_RUN" in os.environ:
-    sys.meta_path.insert(0, TorchFinder())
+    _watch_from_torch_on()
 _hand_over()

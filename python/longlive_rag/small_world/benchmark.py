@@ -1,9 +1,9 @@
 """Does memory help? The bundled backbone under every context policy, on videos never used in training or tuning.
 
-    python benchmarks/memory.py --json benchmarks/results/memory_small_world.json
+    python -m longlive_rag.small_world.benchmark --json benchmarks/results/memory_small_world.json
 
-Every policy makes the same videos (same noise, same inhabitants), so that they compare in pairs; intervals are 95%
-bootstrap over videos. Takes about a quarter of an hour on two CPU cores.
+Every policy makes the same videos (same noise, same inhabitants), so that they are compared in pairs; intervals are 95%
+bootstrap over videos. It takes about a quarter of an hour on two CPU cores.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ import torch
 from tqdm import tqdm
 
 import longlive_rag
+from longlive_rag import figures
+from longlive_rag.files import check_writable, write_json
+from longlive_rag.intervals import bootstrap_interval
 from longlive_rag.small_world import report, world
-from longlive_rag.small_world.measure import Job, Score, measure_all
+from longlive_rag.small_world.measure import Condition, Score, measure_all
 from longlive_rag.small_world.policies import POLICIES
-from longlive_rag.files import atomic_path, write_json
 
 SEED = 20_000  # tuning used 5000
 LAPS = {"cuts": 4, "pans": 4}
 
 
-def advantage(ours: Score, theirs: Score, draws: int = 2000) -> dict[str, float]:
+def advantage(ours: Score, theirs: Score) -> dict[str, float]:
     """How much more of the inhabitants one policy keeps than another on the same videos, with its interval."""
     each = ours.correct.mean(axis=1) - theirs.correct.mean(axis=1)
-    means = np.random.default_rng(0).choice(each, (draws, len(each))).mean(axis=1)
-    low, high = np.quantile(means, (0.025, 0.975))
+    low, high = bootstrap_interval(each)
     return {"mean": round(float(each.mean()), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
 
 
@@ -42,13 +43,16 @@ def measure_track(track: str, videos: int, workers: int | None) -> dict[str, Any
         results = measure_all(
             track, frames, policies=list(POLICIES), seed=SEED, videos=videos, tick=progress.update, workers=workers
         )
-    scores = {job: score for job, (score, _) in results.items()}
+    scores = {condition: score for condition, (score, _) in results.items()}
     policies = {
-        name: {"label": policy.label, **report.entry(walk, scores[Job(name, True)], scores[Job(name, False)])}
+        name: {
+            "label": policy.label,
+            **report.entry(walk, scores[Condition(name, True)], scores[Condition(name, False)]),
+        }
         for name, policy in POLICIES.items()
     }
     behind_oracle = {
-        setting: advantage(scores[Job("oracle", given)], scores[Job("retrieval", given)])
+        setting: advantage(scores[Condition("oracle", given)], scores[Condition("retrieval", given)])
         for setting, given in (("given", True), ("generated", False))
     }
     return {"frames": frames, "oracle_less_retrieval": behind_oracle, "policies": policies}
@@ -56,11 +60,7 @@ def measure_track(track: str, videos: int, workers: int | None) -> dict[str, Any
 
 def draw(path: Path, tracks: dict[str, Any]) -> None:
     """Bars with intervals: every policy, both tracks, first lap given and generated."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figures.figure(11, 4.6)
     for axis, (track, facts) in zip(figure.subplots(1, len(tracks), sharey=True), tracks.items(), strict=True):
         rows = np.arange(len(facts["policies"]))[::-1]
         for offset, key, colour, label in (
@@ -79,17 +79,18 @@ def draw(path: Path, tracks: dict[str, Any]) -> None:
         "share of inhabitants that are still themselves when they come back (black bar: chance)", fontsize=10
     )
     figure.axes[0].legend(loc="upper right", fontsize=9)
-    with atomic_path(path) as partial:
-        figure.savefig(partial, dpi=120)
+    figures.save(figure, path, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, required=True)
-    parser.add_argument("--picture", type=Path)
-    parser.add_argument("--videos", type=int, default=32)
-    parser.add_argument("--workers", type=int, help="processes; default as many as cores, at most 4")
+    parser.add_argument("--json", type=Path, required=True, help="file for the results")
+    parser.add_argument("--picture", type=Path, help="file for bars of the results")
+    parser.add_argument("--videos", type=int, default=32, help="videos per policy; default 32")
+    parser.add_argument("--workers", type=int, help="processes; default one per core, at most 4")
     options = parser.parse_args()
+    for path in filter(None, (options.json, options.picture)):
+        check_writable(path)
     tracks = {track: measure_track(track, options.videos, options.workers) for track in world.TRACKS}
     facts = {
         "version": longlive_rag.__version__,

@@ -1,0 +1,30 @@
+"""LongLive 1, with absolute or relative positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from longlive_rag.backbones.follow import Follower
+from longlive_rag.backbones.wan import WanFamily, cache_ends
+from longlive_rag.backbones.wan_attention import Arguments
+
+
+class LongLive(WanFamily):
+    """The transformer advances the cache after all layers, by what each attention returns beside its output."""
+
+    name = "LongLive"
+    marks = frozenset({"sink_recache_after_switch"})
+
+    def start_pass(
+        self, follower: Follower[Any], start: int, frames: int, latents: Tensor, arguments: Arguments
+    ) -> None:
+        if arguments.get("sink_recache_after_switch"):
+            # The switch drops the old sink: the frames made again are the first that memory knows from then on.
+            follower.restart()
+        super().start_pass(follower, start, frames, latents, arguments)
+
+    def output(self, x: Tensor, arguments: Arguments) -> Any:
+        # Without an update, the transformer only moves the two indices.
+        return x, (*cache_ends(x, arguments), None)

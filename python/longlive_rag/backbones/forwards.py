@@ -1,0 +1,73 @@
+"""Replaces the `forward` of single module instances, and restores it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, NoReturn, SupportsIndex
+
+import torch
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+_MARK = "_longlive_rag_patched"
+
+
+class _Uncopied:
+    """Stands on every patched module, and refuses to be copied with it.
+
+    A copy would keep the replaced `forward`, which calls the layers of the original.
+    """
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(
+            "a patched model cannot be copied, pickled or saved as a whole, since its copy would compute with the "
+            "original's weights; call unpatch() on what patch() returned first (its state_dict() can be saved any time)"
+        )
+
+
+class Forwards:
+    """The forwards that were replaced."""
+
+    def __init__(self) -> None:
+        self._originals: list[tuple[nn.Module, Any]] = []
+
+    def replace(self, module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        """Replace the forward of a module by what `make` returns for the present one."""
+        forward = functools.wraps(module.forward)(make(module.forward))
+        self._originals.append((module, vars(module).get("forward")))
+        # The mark comes first, so that pickling meets its reason before it fails on a closure.
+        setattr(module, _MARK, _Uncopied())
+        module.forward = forward
+
+    def restore(self) -> None:
+        """Restore all of them."""
+        for module, original in reversed(self._originals):
+            if original is None:
+                del module.forward
+            else:
+                module.forward = original
+            delattr(module, _MARK)
+        self._originals = []
+
+
+def is_patched(module: nn.Module) -> bool:
+    return hasattr(module, _MARK)
+
+
+class GradientGuard:
+    """Tells which calls need gradients, which memory does not give; says so once."""
+
+    def __init__(self) -> None:
+        self._warned = False
+
+    def needed(self, module: nn.Module, x: Tensor) -> bool:
+        """Whether a call of `module` with the input x needs gradients."""
+        if not torch.is_grad_enabled():
+            return False
+        needed = x.requires_grad or any(parameter.requires_grad for parameter in module.parameters())
+        if needed and not self._warned:
+            self._warned = True
+            logger.warning("calls with gradients go to the model's own attention, without memory; use torch.no_grad()")
+        return needed

@@ -1,0 +1,168 @@
+"""The door: `patch` gives an existing causal video model retrieval memory, and `Patched` takes it back."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from longlive_rag.backbones.caches import Followers, FreedCaches
+from longlive_rag.backbones.family import Attachment, CausalTransformer
+from longlive_rag.backbones.find import find_transformer
+from longlive_rag.backbones.follow import Follower, Kind, check_block_length
+from longlive_rag.backbones.forwards import Forwards, is_patched
+from longlive_rag.backbones.journal import Journal
+from longlive_rag.config import RetrievalConfig
+from longlive_rag.embedding import AveragePool, Embedding, LatentAutoencoder
+from longlive_rag.memory import Retrieval, RetrievalMemory
+from longlive_rag.selection import Selection
+
+
+def patch(
+    model: Any,
+    config: RetrievalConfig | None = None,
+    *,
+    embedding: Embedding | str | os.PathLike[str] | None = None,
+    selection: Selection | None = None,
+    capacity: int = 64,
+    device_frames: int | None = None,
+    release_cache: bool = False,
+) -> Patched:
+    """Turn the attention of an existing causal video model into attention with retrieval memory.
+
+        patched = patch(pipeline, RetrievalConfig())
+        video = pipeline.inference(noise, prompts)
+
+    The model's own code stays as it is; blocks, videos and prompt switches are read off its calls. Its projections and
+    norms are called where they are, so that LoRA and quantised layers keep working. Calls without a key-value cache, or
+    with gradients, go to the original attention.
+
+    Args:
+        model: a causal video transformer of a family in docs/backbones.md, or a wrapper or pipeline that holds one;
+            diffusers' too.
+        config: the context policy; default the paper's. Its window replaces the model's own.
+        embedding: of clean latent frames: an object, or the path of a retrieval autoencoder's checkpoint; default
+            `AveragePool`.
+        selection: which frames come back; default the most similar ones.
+        capacity: latent frames to make room for at once; pass the length of the video if it is known, to avoid copies.
+        device_frames: at most this many latent frames of each video on the GPU; older ones wait in host memory (see
+            `RetrievalMemory`).
+        release_cache: free the keys and values of the pipeline's own cache, which nothing reads any more, the first
+            time it is passed (see `Patched.released_bytes`). Families that read theirs keep it: krea realtime, whose
+            pipeline goes by its size, and AnyFlow.
+
+    Raises:
+        TypeError: model holds no causal transformer of a known family, or config or embedding is something else.
+        ValueError: model holds several transformers, is patched already, or has another rotary embedding; or config
+            does not suit it.
+        FileNotFoundError: there is no checkpoint at the path `embedding`.
+    """
+    if config is None:
+        config = RetrievalConfig()
+    if not isinstance(config, RetrievalConfig):
+        raise TypeError(f"config must be a RetrievalConfig, got {type(config).__name__}")
+    transformer = find_transformer(model)
+    family = transformer.family
+    if is_patched(transformer.module):
+        raise ValueError("model is patched already; call unpatch() on what patch() returned first")
+    if config.query == "draft" and not family.drafts:
+        raise ValueError(
+            f"config.query must be 'latest' for {family.name}, whose passes predict no single block, got 'draft'"
+        )
+    longest = family.longest_pass(model, transformer)
+    if longest is not None:
+        check_block_length(config, longest)
+    embed = _embedding(embedding)
+    heads, head_dim = family.heads(transformer.attentions[0])
+
+    def make_memory(kind: Kind) -> RetrievalMemory:
+        if isinstance(embedding, (str, os.PathLike)) and isinstance(embed, LatentAutoencoder):
+            embed.to(kind.device)  # loaded here; an embedding that came as an object stays where its owner put it
+        return RetrievalMemory(
+            config,
+            batch=kind.batch,
+            layers=len(transformer.attentions),
+            heads=heads,
+            head_dim=head_dim,
+            grid=kind.grid,
+            device=kind.device,
+            dtype=kind.dtype,
+            embedding=embed,
+            selection=selection,
+            capacity=capacity,
+            device_frames=device_frames,
+        )
+
+    journal = Journal()
+    followers = Followers(lambda: Follower(config, make_memory, family.new_state, journal))
+    freed_caches = FreedCaches() if release_cache and not family.reads_cache else None
+    attachment = Attachment(config, followers, Forwards(), freed_caches)
+    family.attach(transformer, attachment)
+    return Patched(transformer, attachment, journal)
+
+
+class Patched:
+    """A patched model; also a context manager that unpatches.
+
+    Conditional and unconditional passes have a cache each, and so a memory each.
+    """
+
+    def __init__(self, transformer: CausalTransformer, attachment: Attachment, journal: Journal) -> None:
+        self.config, self.family = attachment.config, transformer.family.name
+        self._attachment, self._journal = attachment, journal
+
+    @property
+    def retrieved(self) -> list[Retrieval]:
+        """What each block of the last video got from memory: `.block_start`, `.frames` [B][k], `.similarity` [B][k]."""
+        return self._journal.retrieved
+
+    @property
+    def earlier_videos(self) -> list[list[Retrieval]]:
+        """`retrieved` of each video before the last one, whatever its size; a video too short for memory has none."""
+        return self._journal.earlier_videos
+
+    @property
+    def used(self) -> bool:
+        """Whether any pass has gone through memory."""
+        return bool(self._attachment.followers.all)
+
+    @property
+    def released_bytes(self) -> int:
+        """Memory of the pipeline's own cache that was freed."""
+        freed = self._attachment.freed_caches
+        return 0 if freed is None else freed.bytes
+
+    def reset(self) -> None:
+        """Forget the videos so far. A pipeline that begins another video does not need it."""
+        for follower in self._attachment.followers.all:
+            follower.reset()
+
+    def unpatch(self) -> None:
+        """Give the model its own attention back, and released caches their size; what they held is gone."""
+        self._attachment.forwards.restore()
+        if self._attachment.freed_caches is not None:
+            self._attachment.freed_caches.restore()
+        for follower in self._attachment.followers.all:
+            follower.close()
+
+    def __enter__(self) -> Patched:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.unpatch()
+
+
+def _embedding(embedding: object) -> Embedding:
+    if embedding is None:
+        return AveragePool()
+    if isinstance(embedding, (str, os.PathLike)):
+        return LatentAutoencoder.from_checkpoint(Path(embedding))
+    if isinstance(embedding, type) or not callable(getattr(embedding, "embed", None)):
+        raise TypeError(
+            f"embedding must have a method embed(latents), as AveragePool() and LatentAutoencoder have, or be the path "
+            f"of a checkpoint, got {embedding!r}"
+        )
+    return embedding  # type: ignore[return-value]
