@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from longlive_rag import cli, native
 from longlive_rag.checking import isolated, trust, verdicts
 from longlive_rag.checking.cases import cases
+from longlive_rag.checking.variants import VARIANTS
 from longlive_rag.checking.verdicts import Verdict
 
 CPU = torch.device("cpu")
@@ -18,7 +23,7 @@ CHECKED_ON_CPU = "from longlive_rag.checking.__main__ import main; import sys; s
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A machine without verdicts."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("LONGLIVE_RAG_CHECK", raising=False)
@@ -29,7 +34,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def double(change: str) -> list[str]:
     """A check on the CPU, whose operations `change` has replaced by something that a GPU might do."""
-    return [sys.executable, "-c", f"import torch\nfrom longlive_rag import ops\n{change}\n{CHECKED_ON_CPU}"]
+    script = f"import torch\nfrom longlive_rag import ops\n{change}\n{CHECKED_ON_CPU}"
+    return [sys.executable, "-c", script]
 
 
 HANGS = "import time\nops.attend = lambda *arguments: time.sleep(60)"
@@ -61,7 +67,7 @@ def test_the_other_kernels_pass(name: str) -> None:
 def test_a_kernel_that_hangs_is_ended_and_named() -> None:
     verdict = isolated.check("attend-hopper", CPU, case_seconds=2, command=double(HANGS))
     assert verdict.status == "hung" and not verdict.trusted
-    assert "2 s" in verdict.detail and "attend 2x1x15x3x64x4 bfloat16" in verdict.detail
+    assert "2 s" in verdict.detail and "attend 1x3x70x2x128x5 bfloat16" in verdict.detail
 
 
 @pytest.mark.parametrize(
@@ -107,10 +113,10 @@ def test_a_lying_retrieve_is_caught(change: str) -> None:
 
 
 def test_thorough_has_real_sizes() -> None:
-    for operation in ("insert", "retrieve", "attend"):
-        quick = [case.name for case in cases(operation, CPU, thorough=False)]
-        thorough = [case.name for case in cases(operation, CPU, thorough=True)]
-        assert set(quick) < set(thorough)
+    for variant in VARIANTS.values():
+        quick = [case.name for case in cases(variant, CPU, thorough=False)]
+        thorough = [case.name for case in cases(variant, CPU, thorough=True)]
+        assert quick and set(quick) < set(thorough)
 
 
 def test_a_verdict_is_remembered_for_this_machine_alone(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,3 +195,61 @@ def test_nothing_is_checked_inside_a_trace(monkeypatch: pytest.MonkeyPatch) -> N
     assert trust.trusted("insert", CPU) and not checks.names
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
     assert not trust.trusted("insert", CPU) and checks.names == ["insert"]
+
+
+class Machine:
+    """A machine with one Hopper GPU, whose kernels end as `verdicts` says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **found: Verdict) -> None:
+        self.verdicts = {name.replace("_", "-"): verdict for name, verdict in found.items()}
+        properties = SimpleNamespace(name="A GPU", major=9, minor=0)
+        monkeypatch.setattr(native, "cuda_status", lambda: native.CudaStatus(True, ("sm_80", "sm_90a"), True, None))
+        monkeypatch.setattr(native, "capability", lambda device: (9, 0))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(isolated, "check", lambda name, device, thorough: self.verdicts[name])
+
+
+ALL_PASSED = {name: Verdict("passed", "8 cases", thorough=True) for name in ("insert", "retrieve", "attend_ampere")}
+
+
+def test_the_command_prints_a_table_and_remembers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hung = Verdict("hung", "no end after 30 s, in attend 1x3x70x2x128x5 bfloat16", thorough=True)
+    Machine(monkeypatch, **ALL_PASSED, attend_hopper=hung)
+    report = tmp_path / "report.json"
+    assert cli.main(["check", "--report", str(report)]) == 1
+    table = capsys.readouterr().out
+    assert "attend-hopper  hung" in table and "the kernel for sm_80 is used instead" in table
+    assert "retrieve       passed   8 cases" in table
+    content = json.loads(report.read_text())
+    assert content["verdicts"]["attend-hopper"]["status"] == "hung" and content["device"] == "A GPU"
+    for fact in ("driver", "torch", "python", "system", "package", "extension"):
+        assert fact in content
+    # What was found is in force from now on, without another check.
+    assert not trust.trusted("attend-hopper", torch.device("cuda", 0))
+    assert trust.trusted("attend-ampere", torch.device("cuda", 0))
+
+
+def test_the_command_passes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    Machine(monkeypatch, **ALL_PASSED, attend_hopper=Verdict("passed", "8 cases"))
+    assert cli.main(["check", "--quick"]) == 0
+    assert "wrong" not in capsys.readouterr().out
+
+
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    Machine(monkeypatch)
+    for device in ("cuda:1", "cpu", "gpu"):
+        assert cli.main(["check", "--device", device]) == 2
+        assert f"got '{device}'" in capsys.readouterr().err
+
+
+def test_without_a_gpu_there_is_nothing_to_check(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    if native.cuda_status().available:
+        pytest.skip("there is a GPU")
+    assert cli.main(["check", "--report", str(tmp_path / "report.json")]) == 0
+    assert capsys.readouterr().out.startswith("Nothing to check: ")
+    assert json.loads((tmp_path / "report.json").read_text())["cuda"]["available"] is False

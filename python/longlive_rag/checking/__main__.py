@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--thorough", action="store_true")
     options = parser.parse_args(arguments)
     with torch.no_grad():
-        for case in cases(VARIANTS[options.variant].operation, options.device, options.thorough):
+        for case in cases(VARIANTS[options.variant], options.device, options.thorough):
             print(json.dumps({"begun": case.name}), flush=True)
             error, limit = case.run()
             print(json.dumps({"case": case.name, "error": error, "limit": limit}), flush=True)

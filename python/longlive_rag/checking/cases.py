@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from longlive_rag import ops, rotary
+from longlive_rag.checking.variants import Variant
 from longlive_rag.ops import _portable
 
 HALF = (torch.bfloat16, torch.float16)
@@ -24,11 +25,12 @@ class Case:
     """Gives the error and its limit."""
 
 
-def cases(operation: str, device: torch.device, thorough: bool) -> Iterator[Case]:
-    """The cases of one operation on a device."""
-    yield from {"insert": _insert_cases, "retrieve": _retrieve_cases, "attend": _attend_cases}[operation](
-        device, thorough
-    )
+def cases(variant: Variant, device: torch.device, thorough: bool) -> Iterator[Case]:
+    """The cases of one variant on a device."""
+    if variant.operation == "attend":
+        yield from _attend_cases(device, thorough, variant.least_tokens)
+    else:
+        yield from (_insert_cases if variant.operation == "insert" else _retrieve_cases)(device, thorough)
 
 
 def _insert_cases(device: torch.device, thorough: bool) -> Iterator[Case]:
@@ -98,10 +100,12 @@ def _retrieve(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torc
     return error, width * torch.finfo(torch.float32).eps
 
 
-def _attend_cases(device: torch.device, thorough: bool) -> Iterator[Case]:
+def _attend_cases(device: torch.device, thorough: bool, least_tokens: int) -> Iterator[Case]:
     shapes = [(2, 1, 15, 3, 64, 4), (1, 3, 70, 2, 128, 5), (2, 2, 100, 2, 64, 3), (1, 1, 257, 1, 128, 2)]
     shapes += [(1, 3, 1560, 12, 128, 12), (2, 3, 880, 24, 128, 12), (1, 3, 3600, 3, 128, 12)] * thorough
     for shape in shapes:
+        if shape[2] < least_tokens:
+            continue
         for dtype in HALF:
             yield Case(f"attend {_text(shape, dtype)}", partial(_attend, shape, dtype, device))
 

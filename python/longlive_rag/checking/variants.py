@@ -15,6 +15,8 @@ class Variant:
     """What makes a process use this implementation and no other."""
     instead: str = "the PyTorch implementation"
     """What takes its place when it is not trusted."""
+    least_tokens: int = 1
+    """Of a latent frame; smaller ones are another variant's."""
 
 
 VARIANTS = {
@@ -22,7 +24,7 @@ VARIANTS = {
     for variant in (
         Variant("insert", "insert"),
         Variant("retrieve", "retrieve"),
-        Variant("attend-hopper", "attend", {"LONGLIVE_RAG_ATTEND": "hopper"}, "the kernel for sm_80"),
+        Variant("attend-hopper", "attend", {"LONGLIVE_RAG_ATTEND": "hopper"}, "the kernel for sm_80", least_tokens=64),
         Variant("attend-ampere", "attend", {"LONGLIVE_RAG_ATTEND": "ampere"}, "PyTorch's attention"),
     )
 }

@@ -6,6 +6,7 @@ import json
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from longlive_rag.files import check_writable, write_json
 
@@ -15,16 +16,25 @@ class Check:
     """Check every kernel against its definition on this machine's GPU, and remember what can be trusted.
 
     Each kernel runs in a process of its own with a time limit, so that one that hangs or crashes takes nothing with it.
-    What fails is not used from then on; the next best implementation takes its place. Without a GPU there is nothing to
-    check.
+    What fails is not used from then on; the next best implementation takes its place. The exit status is 1 if something
+    failed. Without a GPU there is nothing to check.
+
+    Examples:
+      longlive-rag check
+      longlive-rag check --report report.json
     """
 
+    groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "what to check": ("device", "quick"),
+        "output": ("report",),
+    }
+
     quick: bool = False
-    """Only what takes seconds; default real sizes too."""
+    """Check small sizes only, which takes seconds. Default: the sizes of real videos too."""
     device: str = "cuda"
-    """The GPU to check: cuda or cuda:N."""
+    """The GPU to check, cuda or cuda:N."""
     report: Path | None = None
-    """Write what a bug report needs to this file (JSON)."""
+    """Write what a bug report needs to this JSON file."""
 
     def run(self) -> int:
         if self.report is not None:
@@ -33,7 +43,7 @@ class Check:
 
         from longlive_rag.checking import isolated, trust, verdicts
         from longlive_rag.checking.variants import VARIANTS
-        from longlive_rag.native import cuda_status, variants_on
+        from longlive_rag.native import attend_variants, cuda_status
 
         status = cuda_status()
         if not status.available:
@@ -52,7 +62,7 @@ class Check:
         identity = verdicts.identity(device)
         print(f"{identity['device']}, compute capability {identity['capability']}, torch {identity['torch']}")
         found = {}
-        for name in variants_on(device):
+        for name in ["insert", "retrieve", *attend_variants(device)]:
             print(f"  {name:<14} ...", end="\r", flush=True)
             verdict = found[name] = isolated.check(name, device, thorough=not self.quick)
             instead = "" if verdict.trusted else f"; {VARIANTS[name].instead} is used instead"

@@ -28,6 +28,8 @@ def attend(
     scale: float,
 ) -> Tensor:
     """`ops.attend` without its checks and without the log-sum-exp; arguments and result as there."""
+    if not len(k_pages):
+        return torch.zeros_like(q)
     out = torch.empty_like(q)
     for sample in range(q.shape[0]):
         _attend_sample(
