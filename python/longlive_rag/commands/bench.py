@@ -14,7 +14,7 @@ from longlive_rag.options import Positional
 if TYPE_CHECKING:
     from longlive_rag.bench.common import Case, Machine
 
-Benchmark = Literal["insert", "retrieve", "attend", "layer", "block", "encoder"]
+Benchmark = Literal["insert", "retrieve", "attend", "layer", "block", "encoder", "portable"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Bench:
         "block",
         "encoder",
     )
-    """What to measure."""
+    """What to measure. portable, PyTorch's attention beside the definition, is measured only when it is asked for."""
     sweep: bool = False
     """With attend, on a Hopper GPU: more sizes, every variant of the kernel, and what the rotation costs."""
     json: Path | None = None

@@ -139,7 +139,7 @@ def _gather(
     return queries.flatten(2, 3), keys.flatten(2, 3), pages(v_pages).flatten(2, 3), mask
 
 
-def _reference(
+def definition(
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
@@ -185,7 +185,7 @@ def _pytorch(*arguments: Any) -> tuple[Tensor, Tensor | None]:
     *inputs, lse = arguments
     if not inputs[0].numel():
         return _fake(inputs[0], lse)
-    attention = _portable.attend if _choice.attend_is_portable(inputs[0].dtype) else _reference
+    attention = _portable.attend if _choice.attend_is_portable(inputs[0].dtype) else definition
     return attention(*inputs), _log_sum_exp(*inputs) if lse else None
 
 
