@@ -28,7 +28,7 @@ sanitize() {
   # tensor has an allocation of its own, past whose end a store is seen.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 240 compute-sanitizer --tool "$tool" --error-exitcode 1 \
     --kernel-regex kns=longlive "$python" -m pytest -q -p no:cacheprovider \
-    tests/ops/test_insert.py tests/ops/test_retrieve.py tests/ops/test_attend.py \
+    tests/ops/test_insert.py tests/ops/test_retrieve.py tests/ops/test_attend.py tests/ops/test_pack.py \
     -k "cuda and not video_sizes and not million and not 32_bit and not any_shape"
 }
 
@@ -41,7 +41,7 @@ step "tests on the GPU" timeout 240 "$python" -m pytest -q -m cuda tests
 step memcheck sanitize memcheck
 step racecheck sanitize racecheck
 name=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | tr 'A-Z ' 'a-z_')
-for benchmark in insert retrieve attend layer block encoder; do
+for benchmark in insert retrieve attend pack layer block encoder; do
   step "benchmark $benchmark" timeout 120 "$python" -m longlive_rag bench "$benchmark" \
     --json "$results/${benchmark}_$name.json" --plot "$results/${benchmark}_$name.png"
 done

@@ -14,7 +14,7 @@ from longlive_rag.options import Positional
 if TYPE_CHECKING:
     from longlive_rag.bench.common import Case, Machine
 
-Benchmark = Literal["insert", "retrieve", "attend", "layer", "block", "encoder", "portable"]
+Benchmark = Literal["insert", "retrieve", "attend", "pack", "layer", "block", "encoder", "portable"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Bench:
         "insert",
         "retrieve",
         "attend",
+        "pack",
         "layer",
         "block",
         "encoder",
