@@ -1,22 +1,31 @@
 // The extension module longlive_rag._C: addresses, sizes and a stream in, nothing out. Lifetime, devices,
 // dtypes and layouts are checked by longlive_rag.ops, which is its only caller.
+//
+// Every operation is called alike: addresses (0 for null), sizes and strides, the dtype (DType), numbers, and
+// last the device and the stream to queue on. Those that need a workspace tell its size when asked with the
+// same sizes.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
-#include <optional>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 
+#ifdef LONGLIVE_RAG_CUDA_VERSION
 #include "cuda/attend.h"
-#include "cuda/attend_sm90.h"
 #include "cuda/device.h"
 #include "cuda/insert.h"
 #include "cuda/retrieve.h"
+#endif
 
 namespace py = pybind11;
 
 namespace longlive {
 namespace {
+
+#ifdef LONGLIVE_RAG_CUDA_VERSION
 
 using Address = uintptr_t;
 
@@ -30,101 +39,122 @@ using Rows = std::tuple<Address, int64_t, int64_t, int64_t, Address, bool>;
 
 InsertTensor insert_tensor(const Rows& rows) {
   const auto& [data, batch, frame, token, weight, float_weight] = rows;
-  return {pointer(data), batch, frame, token, pointer(weight), float_weight};
+  return {.data = pointer(data),
+          .batch_stride = batch,
+          .frame_stride = frame,
+          .token_stride = token,
+          .weight = pointer(weight),
+          .float_weight = float_weight};
 }
 
 void bind_insert(const Rows& k, const Rows& v, const Rows& q, Address k_pages, Address v_pages, Address q_out,
-                 Address rotation, Address slots, std::tuple<int, int, int, int, int> shape, int pairs,
-                 int dtype, float eps, Address stream) {
-  const auto& [batch, frames, tokens, heads, head_dim] = shape;
-  insert({insert_tensor(k), insert_tensor(v), insert_tensor(q), pointer(k_pages), pointer(v_pages),
-          pointer(q_out), pointer<const float>(rotation), pointer<const int32_t>(slots), batch, frames,
-          tokens, heads, head_dim, pairs, dtype, eps},
+                 Address rotation, Address slots, const std::array<int, 5>& k_shape, int pairs, int dtype,
+                 float eps, int device, Address stream) {
+  const auto& [batch, frames, tokens, heads, head_dim] = k_shape;
+  const DeviceGuard guard(device);
+  insert({.k = insert_tensor(k),
+          .v = insert_tensor(v),
+          .q = insert_tensor(q),
+          .k_pages = pointer(k_pages),
+          .v_pages = pointer(v_pages),
+          .q_out = pointer(q_out),
+          .rotation = pointer<const float>(rotation),
+          .slots = pointer<const int32_t>(slots),
+          .batch = batch,
+          .frames = frames,
+          .tokens = tokens,
+          .heads = heads,
+          .head_dim = head_dim,
+          .pairs = pairs,
+          .dtype = dtype,
+          .eps = eps},
          pointer(stream));
 }
 
-// batch, length, heads, head_dim of the queries; tokens of a page, entries of a table, temporal pairs
-using AttendShape = std::tuple<int, int, int, int, int, int, int>;
+size_t bind_retrieve_workspace(int batch, int count, int k, int device) {
+  const DeviceGuard guard(device);
+  return retrieve_workspace(batch, count, k);
+}
 
-AttendArguments attend_sizes(const AttendShape& shape, int dtype) {
-  const auto& [batch, length, heads, head_dim, tokens, entries, pairs] = shape;
+void bind_retrieve(Address query, Address keys, Address inverse_norms, Address first, Address last,
+                   Address indices, Address similarity, Address workspace,
+                   const std::array<int, 3>& keys_shape, const std::array<int64_t, 3>& keys_stride,
+                   int64_t norms_stride, int first_stride, int last_stride, int k, int dtype, int device,
+                   Address stream) {
+  const auto& [batch, count, width] = keys_shape;
+  const DeviceGuard guard(device);
+  retrieve({.query = pointer(query),
+            .keys = pointer(keys),
+            .inverse_norms = pointer<const float>(inverse_norms),
+            .first = pointer<const int32_t>(first),
+            .last = pointer<const int32_t>(last),
+            .indices = pointer<int32_t>(indices),
+            .similarity = pointer<float>(similarity),
+            .keys_batch_stride = keys_stride[0],
+            .keys_stride = keys_stride[1],
+            .norms_batch_stride = norms_stride,
+            .first_stride = first_stride,
+            .last_stride = last_stride,
+            .batch = batch,
+            .count = count,
+            .width = width,
+            .k = k,
+            .dtype = dtype},
+           pointer(workspace), pointer(stream));
+}
+
+constexpr std::array<const char*, 3> kAttendKernels = {"auto", "sm80", "sm90"};  // AttendKernel
+
+AttendOptions attend_options(const std::string& kernel, int key_tile) {
+  for (size_t i = 0; i < kAttendKernels.size(); ++i)
+    if (kernel == kAttendKernels[i]) return {.kernel = static_cast<AttendKernel>(i), .key_tile = key_tile};
+  throw std::invalid_argument("kernel must be auto, sm80 or sm90, got " + kernel);
+}
+
+// shape of q, shape of the pages, entries of the table, temporal pairs, dtype
+using AttendSizes = std::tuple<std::array<int, 4>, std::array<int, 4>, int, int, int>;
+
+AttendArguments attend_arguments(const AttendSizes& sizes) {
+  const auto& [q_shape, pages_shape, entries, pairs, dtype] = sizes;
   AttendArguments a{};
-  a.batch = batch, a.length = length, a.heads = heads, a.head_dim = head_dim;
-  a.tokens = tokens, a.entries = entries, a.pairs = pairs;
+  a.batch = q_shape[0], a.length = q_shape[1], a.heads = q_shape[2], a.head_dim = q_shape[3];
+  a.page_slots = pages_shape[0], a.tokens = pages_shape[2];
+  a.entries = entries;
+  a.pairs = pairs;
   a.dtype = dtype;
   return a;
 }
 
+const char* bind_attend_kernel(const AttendSizes& sizes, const AttendOptions& options, int device) {
+  const DeviceGuard guard(device);
+  return kAttendKernels[static_cast<size_t>(attend_kernel(attend_arguments(sizes), options))];
+}
+
+size_t bind_attend_workspace(const AttendSizes& sizes, const AttendOptions& options, int device) {
+  const DeviceGuard guard(device);
+  return attend_workspace(attend_arguments(sizes), options);
+}
+
 void bind_attend(Address q, Address k_pages, Address v_pages, Address slots, Address positions,
-                 Address query_position, Address frequencies, Address out, Address lse,
-                 std::tuple<int, int, int, int> shape, int tokens, int entries, int pairs, int dtype,
-                 float scale, Address stream) {
-  const auto& [batch, length, heads, head_dim] = shape;
-  attend({pointer(q), pointer(k_pages), pointer(v_pages), pointer<const int32_t>(slots),
-          pointer<const int32_t>(positions), pointer<const int32_t>(query_position),
-          pointer<const double>(frequencies), pointer(out), pointer<float>(lse), batch, length, heads, head_dim,
-          tokens, entries, pairs, dtype, scale},
-         pointer(stream));
-}
-
-#ifdef LONGLIVE_RAG_SM90
-
-// Bytes of workspace, or None where the kernel does not take these sizes.
-std::optional<size_t> bind_attend_sm90_workspace(const AttendShape& shape, int dtype, int key_tile,
-                                                 int consumers) {
-  const AttendArguments a = attend_sizes(shape, dtype);
-  if (!attend_sm90_supports(a)) return std::nullopt;
-  return attend_sm90_workspace(a, {0, key_tile, consumers});
-}
-
-void bind_attend_sm90(Address q, Address k_pages, Address v_pages, Address slots, Address positions,
-                      Address query_position, Address frequencies, Address out, Address lse, Address workspace,
-                      const AttendShape& shape, int page_slots, int dtype, float scale, int key_tile,
-                      int consumers, Address stream) {
-  AttendArguments a = attend_sizes(shape, dtype);
-  a.q = pointer(q), a.k_pages = pointer(k_pages), a.v_pages = pointer(v_pages);
-  a.slots = pointer<const int32_t>(slots), a.positions = pointer<const int32_t>(positions);
-  a.query_position = pointer<const int32_t>(query_position), a.frequencies = pointer<const double>(frequencies);
-  a.out = pointer(out), a.lse = pointer<float>(lse);
+                 Address query_position, Address frequencies, Address out, Address lse, Address workspace,
+                 const AttendSizes& sizes, float scale, const AttendOptions& options, int device,
+                 Address stream) {
+  const DeviceGuard guard(device);
+  AttendArguments a = attend_arguments(sizes);
+  a.q = pointer(q);
+  a.k_pages = pointer(k_pages);
+  a.v_pages = pointer(v_pages);
+  a.slots = pointer<const int32_t>(slots);
+  a.positions = pointer<const int32_t>(positions);
+  a.query_position = pointer<const int32_t>(query_position);
+  a.frequencies = pointer<const double>(frequencies);
+  a.out = pointer(out);
+  a.lse = pointer<float>(lse);
   a.scale = scale;
-  attend_sm90(a, {page_slots, key_tile, consumers}, pointer(workspace), pointer(stream));
+  attend(a, options, pointer(workspace), pointer(stream));
 }
 
 #endif
-
-void bind_retrieve(Address query, Address keys, Address inverse_norms, Address first, Address last,
-                   Address frame_slots, Address indices, Address similarity, Address slots,
-                   Address finished_blocks, Address lists,
-                   std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int, int> strides,
-                   std::tuple<int, int, int> shape, int k, int dtype, Address stream) {
-  const auto& [keys_batch, keys_row, norms_batch, frame_slots_batch, slots_batch, first_step, last_step] =
-      strides;
-  const auto& [batch, count, width] = shape;
-  retrieve({pointer(query),
-            pointer(keys),
-            pointer<const float>(inverse_norms),
-            pointer<const int32_t>(first),
-            pointer<const int32_t>(last),
-            pointer<const int32_t>(frame_slots),
-            pointer<int32_t>(indices),
-            pointer<float>(similarity),
-            pointer<int32_t>(slots),
-            pointer<unsigned>(finished_blocks),
-            pointer(lists),
-            keys_batch,
-            keys_row,
-            norms_batch,
-            frame_slots_batch,
-            slots_batch,
-            first_step,
-            last_step,
-            batch,
-            count,
-            width,
-            k,
-            dtype},
-           pointer(stream));
-}
 
 }  // namespace
 
@@ -135,12 +165,12 @@ PYBIND11_MODULE(_C, module) {
   module.attr("cuda_architectures") = LONGLIVE_RAG_CUDA_ARCHITECTURES;
   module.def("insert", &bind_insert);
   module.def("retrieve", &bind_retrieve);
-  module.def("retrieve_list_bytes", &retrieve_list_bytes);
+  module.def("retrieve_workspace", &bind_retrieve_workspace);
+  py::class_<AttendOptions>(module, "AttendOptions", py::module_local())
+      .def(py::init(&attend_options), py::arg("kernel") = "auto", py::arg("key_tile") = 0);
   module.def("attend", &bind_attend);
-#ifdef LONGLIVE_RAG_SM90
-  module.def("attend_sm90", &bind_attend_sm90);
-  module.def("attend_sm90_workspace", &bind_attend_sm90_workspace);
-#endif
+  module.def("attend_workspace", &bind_attend_workspace);
+  module.def("attend_kernel", &bind_attend_kernel);
 #else
   module.attr("cuda_version") = py::none();
 #endif

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,8 +92,8 @@ def pretend(
     monkeypatch.setattr(native, "_load", lambda: (module, "" if module else "could not be imported: no such file"))
     monkeypatch.setattr(torch.version, "cuda", torch_cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *index: "a GPU")
 
 
 def extension(cuda: str | None = "13.0", driver: int = 13000, architectures: str = "sm_80 sm_90a") -> SimpleNamespace:
@@ -124,18 +125,56 @@ def test_the_reason_why_the_kernels_cannot_be_used(
 
 
 @pytest.mark.parametrize(
-    ("module", "used"),
-    [(None, False), (extension(cuda=None), False), (extension(driver=12080), False), (extension(), True)],
+    ("machine", "used"),
+    [
+        ({"module": None}, False),
+        ({"module": extension(cuda=None)}, False),
+        ({"module": extension(), "torch_cuda": None}, False),  # ROCm, whose devices are called cuda too
+        ({"module": extension(driver=0)}, False),
+        ({"module": extension(driver=12080)}, False),
+        ({"module": extension(), "capability": (7, 5)}, False),
+        ({"module": extension(architectures="sm_90a"), "capability": (8, 0)}, False),
+        ({"module": extension()}, True),
+    ],
 )
-def test_kernels_that_the_driver_cannot_load_are_left_to_pytorch(
-    module: SimpleNamespace | None, used: bool, monkeypatch: pytest.MonkeyPatch
+def test_what_the_kernels_cannot_run_on_is_left_to_pytorch(
+    machine: dict[str, Any], used: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretend(monkeypatch, module=module)
-    native.kernels.cache_clear()
+    pretend(monkeypatch, **machine)
+    native.kernels_on.cache_clear()
     try:
-        assert (native.kernels() is not None) is used
+        assert (native.kernels_on(torch.device("cuda", 0)) is not None) is used
+        assert native.kernels_on(torch.device("cpu")) is None
     finally:
-        native.kernels.cache_clear()
+        native.kernels_on.cache_clear()
+
+
+DRIVER = """
+#include <cstdio>
+extern "C" int cuDriverGetVersion(int* version) { *version = 13000; return 0; }
+extern "C" int cuInit(unsigned) { std::puts("initialised"); return 100; }
+"""
+
+
+def test_asking_for_the_driver_does_not_initialise_cuda(tmp_path: Path) -> None:
+    """With a driver of our own: a process that has imported the package may still fork, or choose its devices."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if native.kernels() is None or compiler is None:
+        pytest.skip("needs an extension with CUDA kernels, and a C++ compiler")
+    source = tmp_path / "driver.cpp"
+    source.write_text(DRIVER)
+    library = tmp_path / "libcuda.so.1"
+    subprocess.run([compiler, "-shared", "-fPIC", source, "-o", library], check=True, timeout=120)
+    probe = "import longlive_rag.ops, longlive_rag._C as _C; print(_C.cuda_driver_version())"
+    done = subprocess.run(
+        [sys.executable, "-c", probe],
+        env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["13000"]
 
 
 @pytest.mark.cuda
@@ -143,7 +182,7 @@ def test_the_kernels_are_available_where_torch_has_a_gpu() -> None:
     status = native.cuda_status()
     assert status.available
     assert status.reason is None
-    assert native.kernels() is not None
+    assert native.kernels_on(torch.device("cuda", torch.cuda.current_device())) is not None
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -1,8 +1,18 @@
-// Sums over a warp and a block, the same in every thread and in every run.
+// Sums and maxima over a quad of lanes, a warp and a block, the same in every thread and in every run.
 #pragma once
-#include "cuda/platform.cuh"
+#include "core/platform.cuh"
 
 namespace longlive {
+
+// Over four neighbouring lanes: those that hold one row of a matrix product.
+__device__ __forceinline__ float quad_max(float value) {
+  value = fmaxf(value, __shfl_xor_sync(kFullMask, value, 1));
+  return fmaxf(value, __shfl_xor_sync(kFullMask, value, 2));
+}
+__device__ __forceinline__ float quad_sum(float value) {
+  value += __shfl_xor_sync(kFullMask, value, 1);
+  return value + __shfl_xor_sync(kFullMask, value, 2);
+}
 
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll

@@ -1,6 +1,6 @@
 // The temporal rotary embedding, applied to the query by the difference of positions.
 #pragma once
-#include "cuda/platform.cuh"
+#include "core/platform.cuh"
 
 namespace longlive {
 

@@ -1,6 +1,6 @@
 // Element types of tensors: 16-byte vectors of them, and arithmetic in float.
 #pragma once
-#include "cuda/platform.cuh"
+#include "core/platform.cuh"
 
 namespace longlive {
 
@@ -42,6 +42,16 @@ struct alignas(16) Vector {
   static constexpr int kSize = 16 / sizeof(T);
   T element[kSize];
 };
+
+// The vector at an address that is a multiple of 16: others stop a GPU, and the emulator too.
+template <class T>
+__device__ __forceinline__ Vector<T> load_vector(const T* address) {
+#ifndef __CUDACC__
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(Vector<T>) != 0)
+    throw std::logic_error("a misaligned 16-byte load");
+#endif
+  return *reinterpret_cast<const Vector<T>*>(address);
+}
 
 // Calls `function(T{})` for the element type that `dtype` names.
 template <class Function>

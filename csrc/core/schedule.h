@@ -1,14 +1,13 @@
 // Who computes what in attend on Hopper: the work partition of a persistent grid, one block to an SM.
 //
-// The work is a number of query tiles of equal cost. Whole waves, one tile to a block, leave a remainder of
-// fewer tiles than blocks; those are cut along their keys and shared out evenly, before the waves: laid end
-// to end, they form a line that is divided into as many equal stretches as there are blocks. A stretch may
-// run from the end of one tile into the beginning of the next. The parts of a tile are merged in the order of
-// their keys, so the result does not depend on which block finished first.
+// A sample's work is a number of query tiles of equal cost. Whole waves, one tile to a block, leave a
+// remainder of fewer tiles than blocks; those are cut along their keys and shared out evenly. The parts of a
+// tile are merged in the order of their keys, so the result does not depend on which block finished first.
+// Nor does it depend on the batch or on unused entries of the table: a sample is cut by its own work alone.
 //
-// A cut is a fraction of a tile, not a number of steps: how many keys a tile meets is known on the device
-// only, where the table of pages is. All blocks derive the same steps from the same fractions, so every step
-// of every tile belongs to exactly one piece whatever the table says.
+// What is dealt out, stretches of cut tiles and whole tiles, are units. Blocks take the units of all samples
+// in turns, the next sample beginning where the last one ended. How many keys a sample meets is known on the
+// device only, where the table of pages is, so the schedule is made there, by every block for itself.
 #pragma once
 #include <cstdint>
 
@@ -21,16 +20,16 @@
 namespace longlive {
 
 // Cutting costs writing and merging partial results, about 1% of a tile each (predicted, unmeasured), so a
-// last wave is cut only if that shortens the whole by more than this fraction.
-constexpr double kWorthCutting = 0.02;
+// last wave is cut only if that shortens the whole by more than one part in so many.
+constexpr int kWorthCutting = 50;
 // A piece shorter than this would spend its time filling the pipeline (predicted, unmeasured).
 constexpr int kMinSteps = 4;
 
+// Of one sample.
 struct Schedule {
   int tiles;
-  int blocks;   // the grid
   int cut;      // tiles 0 .. cut - 1 are cut into pieces, the others are computed whole
-  int sharers;  // blocks 0 .. sharers - 1 share the cut tiles
+  int sharers;  // units 0 .. sharers - 1 are stretches of the cut tiles; each of the others is a whole tile
 };
 
 struct Piece {
@@ -40,63 +39,59 @@ struct Piece {
   int partial;  // where the partial result goes if parts > 1; the parts of a tile lie one after the other
 };
 
-// `steps`: key tiles that a query tile meets, at most.
-inline Schedule make_schedule(int64_t tiles, int64_t steps, int multiprocessors) {
-  const auto all = static_cast<int>(tiles);
-  const int waves = all / multiprocessors, rest = all % multiprocessors;
-  int64_t sharers = rest * steps / kMinSteps;
-  if (sharers > multiprocessors) sharers = multiprocessors;
-  const bool worth = sharers > rest && 1 - double(rest) / double(sharers) > kWorthCutting * (waves + 1);
-  if (rest == 0 || !worth) return {all, all < multiprocessors ? all : multiprocessors, 0, 0};
-  return {all, waves ? multiprocessors : static_cast<int>(sharers), rest, static_cast<int>(sharers)};
+// `steps`: key tiles that each of the sample's query tiles meets. With more steps neither `cut` nor `sharers`
+// is less. 32 bits do for ten million steps, since a remainder is less than the number of blocks.
+LONGLIVE_HOST_DEVICE Schedule make_schedule(int tiles, int steps, int blocks) {
+  const int waves = tiles / blocks, rest = tiles % blocks;
+  const int sharers = rest * steps / kMinSteps < blocks ? rest * steps / kMinSteps : blocks;
+  const bool worth = sharers > rest && (sharers - rest) * kWorthCutting > sharers * (waves + 1);
+  return worth ? Schedule{tiles, rest, sharers} : Schedule{tiles, 0, 0};
 }
 
-// Room that partial results take, in query tiles.
+LONGLIVE_HOST_DEVICE int unit_count(const Schedule& s) { return s.sharers + s.tiles - s.cut; }
+
+// Room that a sample's partial results take, in query tiles.
 LONGLIVE_HOST_DEVICE int partial_count(const Schedule& s) { return s.cut ? s.sharers + s.cut : 0; }
 
-// How many pieces `block` computes.
-LONGLIVE_HOST_DEVICE int piece_count(const Schedule& s, int block) {
-  const int whole = s.tiles - s.cut;
-  int count = whole / s.blocks + (block < whole % s.blocks);
-  if (block < s.sharers) count += ((block + 1) * s.cut - 1) / s.sharers - block * s.cut / s.sharers + 1;
-  return count;
+// The `index`th piece of a unit; `tile` is -1 when there are no more. A stretch may run from the end of one
+// tile into the beginning of the next, so that there are one or two. With three tiles cut for five blocks, on
+// a line on which a tile is 5 (sharers) and a stretch 3 (cut) long:
+//
+//   tiles      |    0    |    1    |    2    |
+//   stretches  |  0  |  1  |  2  |  3  |  4  |       stretch 1 is tile 0 from 3/5 to 5/5, its part 1 of 2,
+//   line       0     3   5 6     9 10  12    15      then tile 1 from 0/5 to 1/5, its part 0 of 3
+//
+// The stretches come before the whole tiles, so that merging the parts hides behind the waves.
+LONGLIVE_HOST_DEVICE Piece piece_at(const Schedule& s, int unit, int index) {
+  if (unit >= s.sharers) return {index == 0 ? s.cut + unit - s.sharers : -1, 0, 1, 1, 0, 1, 0};
+  const int from = unit * s.cut, to = from + s.cut;
+  const int tile = from / s.sharers + index;
+  const int start = tile * s.sharers, stop = start + s.sharers;
+  if (start >= to) return {-1, 0, 0, 1, 0, 1, 0};
+  const int first_unit = start / s.cut, last_unit = (stop - 1) / s.cut;
+  return {tile,
+          from > start ? from - start : 0,
+          to < stop ? to - start : s.sharers,
+          s.sharers,
+          unit - first_unit,
+          last_unit - first_unit + 1,
+          unit + tile};
 }
 
-// The piece that `block` computes as its `index`th: its stretch of the cut tiles first, so that merging them
-// hides behind the waves.
-LONGLIVE_HOST_DEVICE Piece piece_at(const Schedule& s, int block, int index) {
-  if (block < s.sharers) {
-    // On a line on which a tile is `sharers` long, this block's stretch is `cut` long.
-    const int from = block * s.cut, to = from + s.cut;
-    const int tile = from / s.sharers + index, last = (to - 1) / s.sharers;
-    if (tile <= last) {
-      const int start = tile * s.sharers, first_block = start / s.cut;
-      const int last_block = (start + s.sharers - 1) / s.cut;
-      return {tile,
-              from > start ? from - start : 0,
-              to < start + s.sharers ? to - start : s.sharers,
-              s.sharers,
-              block - first_block,
-              last_block - first_block + 1,
-              block + tile};
-    }
-    index -= last - from / s.sharers + 1;
-  }
-  return {s.cut + block + index * s.blocks, 0, 1, 1, 0, 1, 0};
-}
-
-// The first of `steps` steps at or after a cut at `numerator` / `of`. `of` is at most the number of
-// multiprocessors, so 32 bits do for ten million steps.
+// The first of `steps` steps at or after a cut at `numerator` / `of`.
 LONGLIVE_HOST_DEVICE int step_at(int numerator, int of, int steps) { return numerator * steps / of; }
 
-// Tokens in a key tile: the one with the largest useful fraction of its rows, since a tile does not go past
-// the end of its page; of equals the largest, which takes the fewest steps.
+// Tokens in a key tile: the one that takes the least time for a page, if a step costs as much as its rows and
+// some more; a tile does not go past the end of its page. Of equals the largest.
 LONGLIVE_HOST_DEVICE int choose_key_tile(int tokens) {
   constexpr int kKeyTiles[] = {176, 144, 128, 112};  // wgmma takes multiples of 16
+  // What a step costs whatever its size (hand-over, waits, reductions over lanes), in rows: about 425 cycles,
+  // a third of them exposed, against 16 cycles of matrix products a row (predicted, unmeasured).
+  constexpr int64_t kStepRows = 8;
   int best = 0;
   int64_t best_rows = 0;
   for (const int tile : kKeyTiles) {
-    const int64_t rows = (static_cast<int64_t>(tokens) + tile - 1) / tile * tile;
+    const int64_t rows = (static_cast<int64_t>(tokens) + tile - 1) / tile * (tile + kStepRows);
     if (best == 0 || rows < best_rows) {
       best = tile;
       best_rows = rows;

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "cuda/platform.cuh"
+#include "core/platform.cuh"
 
 namespace longlive {
 

@@ -1,5 +1,8 @@
 #include "cuda/attend_sm80.cuh"
 
+#include <stdexcept>
+
+#include "cuda/attend_sm90.h"
 #include "cuda/device.h"
 
 namespace longlive {
@@ -33,14 +36,60 @@ void choose_head_dim(const AttendArguments& a, cudaStream_t stream) {
     choose_tile<T, 64>(a, stream);
 }
 
+void attend_sm80(const AttendArguments& a, cudaStream_t stream) {
+  if (DType(a.dtype) == DType::kFloat16)
+    choose_head_dim<__half>(a, stream);
+  else
+    choose_head_dim<__nv_bfloat16>(a, stream);
+}
+
+// Whether there is an output at all, and whether there is anything to attend to.
+bool is_empty(const AttendArguments& a) { return a.batch == 0 || a.length == 0 || a.heads == 0; }
+bool has_pages(const AttendArguments& a) { return a.entries > 0 && a.page_slots > 0; }
+
+#ifdef LONGLIVE_RAG_SM90
+AttendSm90Options sm90_options(const AttendArguments& a, const AttendOptions& options) {
+  return {.page_slots = a.page_slots, .key_tile = options.key_tile};
+}
+#endif
+
 }  // namespace
 
-void attend(const AttendArguments& a, void* stream) {
-  if (a.batch * a.length == 0) return;
-  if (DType(a.dtype) == DType::kFloat16)
-    choose_head_dim<__half>(a, static_cast<cudaStream_t>(stream));
-  else
-    choose_head_dim<__nv_bfloat16>(a, static_cast<cudaStream_t>(stream));
+AttendKernel attend_kernel(const AttendArguments& a, const AttendOptions& options) {
+#ifdef LONGLIVE_RAG_SM90
+  const bool taken = attend_sm90_supports(a) && has_pages(a) && !is_empty(a);
+#else
+  const bool taken = false;
+#endif
+  switch (options.kernel) {
+    case AttendKernel::kAuto:
+      return taken && compute_capability() == 90 ? AttendKernel::kSm90 : AttendKernel::kSm80;
+    case AttendKernel::kSm90:
+      if (taken) return AttendKernel::kSm90;
+      throw std::invalid_argument(
+          "attend: the kernel for sm_90a is not compiled in or does not take these sizes");
+    default:
+      return AttendKernel::kSm80;
+  }
+}
+
+size_t attend_workspace(const AttendArguments& a, const AttendOptions& options) {
+#ifdef LONGLIVE_RAG_SM90
+  if (attend_kernel(a, options) == AttendKernel::kSm90)
+    return attend_sm90_workspace(a, sm90_options(a, options));
+#endif
+  return 0;
+}
+
+void attend(const AttendArguments& a, const AttendOptions& options, void* workspace, void* stream) {
+  if (is_empty(a)) return;
+#ifdef LONGLIVE_RAG_SM90
+  if (attend_kernel(a, options) == AttendKernel::kSm90)
+    return attend_sm90(a, sm90_options(a, options), workspace, stream);
+#endif
+  AttendArguments seen = a;
+  if (!has_pages(a)) seen.entries = 0;
+  attend_sm80(seen, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace longlive

@@ -8,10 +8,10 @@
 #pragma once
 #include "core/pages.cuh"
 #include "core/rotation.cuh"
-#include "core/softmax.cuh"
 #include "cuda/attend.h"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/mma.cuh"
+#include "cuda/softmax.cuh"
 
 namespace longlive {
 
@@ -38,8 +38,8 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
 }
 
 // Where a lane begins in the tiles that ldmatrix reads. A step of 16 columns is two chunks further, which in
-// the swizzled order is an exclusive or with 16 times the step, in elements; 16 more rows do not change row
-// % 8.
+// the swizzled order is an exclusive or of the offset with 16 times the step. 16 more rows leave the row
+// modulo 8, and with it the order of the chunks, as it is.
 template <int kHeadDim>
 struct FragmentOffset {
   int offset;
@@ -212,19 +212,8 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
     for (int m = 0; m < 2; ++m)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {  // rows g and g + 8 of the fragment
-        OnlineSoftmax& row = softmax[m][half];
-        float maximum = -INFINITY;
-#pragma unroll
-        for (int n = 0; n < kTile / 8; ++n)
-          maximum = fmaxf(maximum, fmaxf(score[m][n][2 * half], score[m][n][2 * half + 1]));
-        maximum = fmaxf(maximum, __shfl_xor_sync(kFullMask, maximum, 1));
-        maximum = fmaxf(maximum, __shfl_xor_sync(kFullMask, maximum, 2));
-        const float correction = row.raise(maximum, scale);
-#pragma unroll
-        for (int n = 0; n < kTile / 8; ++n)
-#pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i)
-            row.sum += score[m][n][i] = row.weight(score[m][n][i], scale);
+        const float correction = softmax_tile<kTile / 8>(
+            softmax[m][half], scale, [&](int n, int i) -> float& { return score[m][n][2 * half + i]; });
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n)
 #pragma unroll
@@ -264,10 +253,7 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = m * 16 + half * 8 + lane / 4;
-      float sum = softmax[m][half].sum;
-      sum += __shfl_xor_sync(kFullMask, sum, 1);
-      sum += __shfl_xor_sync(kFullMask, sum, 2);
-      const float factor = sum == 0.0f ? 0.0f : ptx::reciprocal_approximate(sum);
+      const float sum = quad_sum(softmax[m][half].sum), factor = OnlineSoftmax::normaliser(sum);
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n)
         *reinterpret_cast<uint32_t*>(q_shared + swizzled<kHeadDim>(row, n) + lane % 4 * 2) =

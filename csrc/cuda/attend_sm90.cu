@@ -9,40 +9,31 @@ namespace {
 int key_tile_of(const AttendArguments& a, const AttendSm90Options& options) {
   return options.key_tile ? options.key_tile : choose_key_tile(a.tokens);
 }
-int consumers_of(const AttendSm90Options& options) { return options.consumers ? options.consumers : 2; }
 
-Schedule schedule_of(const AttendArguments& a, int key_tile, int consumers) {
-  const int rows = consumers * kConsumerRows;
-  const int64_t tiles = int64_t(a.batch) * a.heads * ((a.length + rows - 1) / rows);
-  const int64_t steps = int64_t(a.entries) * ((a.tokens + key_tile - 1) / key_tile);
-  return make_schedule(tiles, steps, multiprocessors());
+int query_tiles(const AttendArguments& a) { return (a.length + kQueryRows - 1) / kQueryRows; }
+
+// A sample's schedule if all entries of the table are used: the most room it can take.
+Schedule largest_schedule(const AttendArguments& a, int key_tile) {
+  return make_schedule(a.heads * query_tiles(a), a.entries * ((a.tokens + key_tile - 1) / key_tile),
+                       multiprocessors());
 }
 
-size_t partial_bytes(const AttendArguments& a, const Schedule& schedule, int consumers) {
-  return sizeof(float) * partial_count(schedule) * consumers * (a.head_dim / 2 + 4) * kWarpgroup;
+size_t partial_bytes(const AttendArguments& a, const Schedule& schedule) {
+  return sizeof(float) * a.batch * partial_count(schedule) * kConsumerThreads * (a.head_dim / 2 + 4);
 }
-size_t arrived_bytes(const Schedule& schedule, int consumers) {
-  return sizeof(uint32_t) * schedule.cut * consumers;
-}
-
-void set_zero(void* memory, size_t bytes, cudaStream_t stream) {
-#ifdef __CUDACC__
-  check(cudaMemsetAsync(memory, 0, bytes, stream), "attend");
-#else
-  static_cast<void>(stream);
-  std::memset(memory, 0, bytes);
-#endif
+size_t arrived_bytes(const AttendArguments& a, const Schedule& schedule) {
+  return sizeof(uint32_t) * a.batch * schedule.cut * kConsumers;
 }
 
-template <class T, int kHeadDim, int kKeyTile, int kConsumers = 2>
+template <class T, int kHeadDim, int kKeyTile>
 void launch_attend(const AttendArguments& a, int page_slots, void* workspace, cudaStream_t stream) {
-  using Shared = AttendSm90Shared<T, kHeadDim, kKeyTile, kConsumers>;
-  constexpr int kRows = kConsumers * kConsumerRows;
+  using Shared = AttendSm90Shared<T, kHeadDim, kKeyTile>;
+  static_assert(sizeof(Shared) <= kSharedBytes, "the plan of shared memory fits a multiprocessor");
   AttendSm90Parameters p{};
   p.a = a;
   const int64_t row = int64_t(a.heads) * kHeadDim;
   p.q = tensor_map(
-      {a.q, DType(a.dtype), kHeadDim, a.length, a.heads, a.batch, row, kHeadDim, a.length * row, kRows});
+      {a.q, DType(a.dtype), kHeadDim, a.length, a.heads, a.batch, row, kHeadDim, a.length * row, kQueryRows});
   const HeadRows pages{a.k_pages,      DType(a.dtype), kHeadDim, a.tokens,
                        a.heads,        page_slots,     kHeadDim, int64_t(a.tokens) * kHeadDim,
                        a.tokens * row, kKeyTile};
@@ -50,28 +41,24 @@ void launch_attend(const AttendArguments& a, int page_slots, void* workspace, cu
   HeadRows values = pages;
   values.data = a.v_pages;
   p.v = tensor_map(values);
-  p.schedule = schedule_of(a, kKeyTile, kConsumers);
-  p.query_tiles = (a.length + kRows - 1) / kRows;
+  p.query_tiles = query_tiles(a);
   p.frames = a.length / a.tokens;
   p.scale = a.scale * 1.4426950408889634f;
+  const Schedule schedule = largest_schedule(a, kKeyTile);
+  p.partials_a_sample = partial_count(schedule);
+  p.cut_a_sample = schedule.cut;
   p.partials = static_cast<float*>(workspace);
-  p.arrived =
-      reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + partial_bytes(a, p.schedule, kConsumers));
-  if (p.schedule.cut) set_zero(p.arrived, arrived_bytes(p.schedule, kConsumers), stream);
-  launch("attend", attend_sm90_kernel<T, kHeadDim, kKeyTile, kConsumers>, dim3(p.schedule.blocks),
-         (kConsumers + 1) * kWarpgroup, sizeof(Shared), stream, p);
+  p.arrived = reinterpret_cast<uint32_t*>(static_cast<char*>(workspace) + partial_bytes(a, schedule));
+  if (schedule.cut) clear(p.arrived, arrived_bytes(a, schedule), stream);
+  // Never fewer blocks, however little there is to do: a sample is cut by their number.
+  launch("attend", attend_sm90_kernel<T, kHeadDim, kKeyTile>, dim3(multiprocessors()), kAttendSm90Threads,
+         sizeof(Shared), stream, p);
 }
 
 template <class T, int kHeadDim>
 void choose_tile(const AttendArguments& a, const AttendSm90Options& options, void* workspace,
                  cudaStream_t stream) {
-  const int key_tile = key_tile_of(a, options), consumers = consumers_of(options);
-  if constexpr (kHeadDim == 128)
-    if (key_tile == 112 && consumers == 3)
-      return launch_attend<T, kHeadDim, 112, 3>(a, options.page_slots, workspace, stream);
-  if (consumers != 2)
-    throw std::invalid_argument("attend: consumers must be 2, or 3 with key_tile 112 and head_dim 128");
-  switch (key_tile) {
+  switch (key_tile_of(a, options)) {
     case 112:
       return launch_attend<T, kHeadDim, 112>(a, options.page_slots, workspace, stream);
     case 128:
@@ -104,9 +91,8 @@ bool attend_sm90_supports(const AttendArguments& a) {
 }
 
 size_t attend_sm90_workspace(const AttendArguments& a, const AttendSm90Options& options) {
-  const int consumers = consumers_of(options);
-  const Schedule schedule = schedule_of(a, key_tile_of(a, options), consumers);
-  return partial_bytes(a, schedule, consumers) + arrived_bytes(schedule, consumers);
+  const Schedule schedule = largest_schedule(a, key_tile_of(a, options));
+  return partial_bytes(a, schedule) + arrived_bytes(a, schedule);
 }
 
 void attend_sm90(const AttendArguments& a, const AttendSm90Options& options, void* workspace, void* stream) {

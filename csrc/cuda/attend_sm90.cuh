@@ -5,32 +5,30 @@
 // - One thread loads whole K and V tiles of a page by TMA, as wgmma reads them, with zeros past the page.
 // - One warp turns time into rotations: cosines and sines of the distance between the query's frames and a
 //   page.
-// - Two or three warpgroups consume: 64 query rows each, scores and output in registers. The pairs of the
-//   query that turn with time are kept in registers as the operand of the first product, rotated anew from
-//   the unrotated query in shared memory at each page; the other pairs go from shared memory.
+// - Two warpgroups consume: 64 query rows each, scores and output in registers. The pairs of the query that
+//   turn with time are kept in registers as the operand of the first product, rotated at each page from the
+//   unrotated query in shared memory; the other pairs go from shared memory.
 //
-// With two consumers, each computes the softmax of one tile while its product for the next and the other
+// A consumer computes the softmax of one tile while its product of the weights before and the other
 // consumer's products are under way; they take turns at issuing them. This file has the consumers and the
 // kernel; the others are in attend_sm90_producers.cuh.
 #pragma once
 #include "core/rotation.cuh"
-#include "core/softmax.cuh"
 #include "cuda/attend_sm90_producers.cuh"
 #include "cuda/ptx/warpgroup.cuh"
 #include "cuda/ptx/wgmma.cuh"
+#include "cuda/softmax.cuh"
 
 namespace longlive {
 
 // A warpgroup: attention of its 64 rows of each piece.
-template <class T, int kHeadDim, int kKeyTile, int kConsumers>
+template <class T, int kHeadDim, int kKeyTile>
 struct Consumer {
-  using Shared = AttendSm90Shared<T, kHeadDim, kKeyTile, kConsumers>;
+  using Shared = AttendSm90Shared<T, kHeadDim, kKeyTile>;
   using Scores = ptx::Wgmma<T, kKeyTile>;
   using Output = ptx::Wgmma<T, kHeadDim>;
   static constexpr int kSteps = kRotatedSteps<kHeadDim>;
   static constexpr int kPattern = 8 * 128;  // bytes of the swizzle's pattern of eight rows
-  // Two consumers have registers for a tile's scores beside the weights of the one before; three have not.
-  static constexpr bool kOverlap = kConsumers == 2;
 
   const AttendSm90Parameters& p;
   Shared& shared;
@@ -42,8 +40,9 @@ struct Consumer {
   typename Output::Fragment out;
   uint32_t weight[kKeyTile / 16][4];  // softmax weights, the operand of the second product
   uint32_t query[kSteps][4];          // the pairs that turn with time, rotated for the page
-  OnlineSoftmax softmax[2];
+  OnlineSoftmax softmax[2];           // of this thread's two rows, like the next two
   float correction[2];
+  int frame[2];  // of the query tile's frames; any will do for rows past the last, which hold zeros
 
   __device__ __forceinline__ Consumer(const AttendSm90Parameters& p, Shared& shared, int steps_per_page,
                                       int consumer)
@@ -64,7 +63,7 @@ struct Consumer {
   }
 
   // Before the first tile of a page: turns the query to it.
-  __device__ __forceinline__ void rotate_query(const PlannedPiece& plan) {
+  __device__ __forceinline__ void rotate_query() {
     const auto rotation_ring = ring_of_two(rotations++);
     ptx::mbarrier_wait(&shared.rotation_full[rotation_ring.stage], rotation_ring.parity);
     // Opaque: the addresses below would otherwise be kept, and spilled, from one page to the next.
@@ -72,9 +71,7 @@ struct Consumer {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int r = first + half * 8;
-      // Rows past the last frame hold zeros; any frame will do for them.
-      const int frame = min((plan.first_row + r) / p.a.tokens - plan.first_frame, kMaxFrames - 1);
-      const float2* rotation = shared.rotation[rotation_ring.stage][frame];
+      const float2* rotation = shared.rotation[rotation_ring.stage][frame[half]];
 #pragma unroll
       for (int step = 0; step < kSteps; ++step)
 #pragma unroll
@@ -124,20 +121,9 @@ struct Consumer {
       for (int i = 0; i < kKeyTile / 2; ++i)
         if (i / 4 * 8 + lane % 4 * 2 + i % 2 >= valid) score[i] = -INFINITY;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float maximum = -INFINITY;
-#pragma unroll
-      for (int i = 2 * half; i < kKeyTile / 2; i += 4)
-        maximum = fmaxf(maximum, fmaxf(score[i], score[i + 1]));
-      maximum = fmaxf(maximum, __shfl_xor_sync(kFullMask, maximum, 1));
-      maximum = fmaxf(maximum, __shfl_xor_sync(kFullMask, maximum, 2));
-      correction[half] = softmax[half].raise(maximum, p.scale);
-#pragma unroll
-      for (int i = 2 * half; i < kKeyTile / 2; i += 4) {
-        softmax[half].sum += score[i] = softmax[half].weight(score[i], p.scale);
-        softmax[half].sum += score[i + 1] = softmax[half].weight(score[i + 1], p.scale);
-      }
-    }
+    for (int half = 0; half < 2; ++half)
+      correction[half] = softmax_tile<kKeyTile / 8>(
+          softmax[half], p.scale, [&](int n, int i) -> float& { return score[4 * n + 2 * half + i]; });
   }
 
   // Rounds the weights and scales the output to the new maximum. No product may be under way.
@@ -151,16 +137,23 @@ struct Consumer {
     for (int i = 0; i < kHeadDim / 2; ++i) out[i] *= correction[i / 2 % 2];
   }
 
-  // Consumers take turns: barrier 1 + i is opened by the other one when consumer i may issue its products.
-  __device__ __forceinline__ void await_turn() { ptx::barrier_sync(1 + consumer, 2 * kWarpgroup); }
-  __device__ __forceinline__ void pass_turn() { ptx::barrier_arrive(1 + (consumer ^ 1), 2 * kWarpgroup); }
+  // Consumers take turns: each waits for the other to open its barrier before it issues its products.
+  __device__ __forceinline__ void await_turn() {
+    ptx::barrier_sync(barrier_id(NamedBarrier::kTurn, consumer), kConsumerThreads);
+  }
+  __device__ __forceinline__ void pass_turn() {
+    ptx::barrier_arrive(barrier_id(NamedBarrier::kTurn, consumer ^ 1), kConsumerThreads);
+  }
 
   __device__ __forceinline__ void attend_piece(const PlannedPiece& plan) {
     ptx::mbarrier_wait(&shared.query_full, queries++ & 1);
     int tile = plan.tile;
     const int steps = plan.steps;
     const auto valid = [&] { return min(p.a.tokens - tile * kKeyTile, kKeyTile); };
-    rotate_query(plan);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      frame[half] = min((plan.first_row + row() + half * 8) / p.a.tokens - plan.first_frame, kMaxFrames - 1);
+    rotate_query();
     ptx::mbarrier_wait(&shared.key_full[ring.stage], ring.parity);
     multiply_keys(ring.stage);
     ptx::wgmma_wait<0>();
@@ -171,34 +164,22 @@ struct Consumer {
     for (int step = 1; step < steps; ++step) {
       const Ring<Shared::kStages> previous = ring;
       ring.advance();
-      if (!kOverlap) {
-        ptx::mbarrier_wait(&shared.value_full[previous.stage], previous.parity);
-        multiply_values(previous.stage);
-        ptx::wgmma_wait<0>();
-        release(&shared.value_empty[previous.stage]);
-      }
       if (++tile == steps_per_page) {
         tile = 0;
-        if (p.a.pairs > 0) rotate_query(plan);
+        if (p.a.pairs > 0) rotate_query();
       }
       ptx::mbarrier_wait(&shared.key_full[ring.stage], ring.parity);
-      if (kOverlap) await_turn();
+      await_turn();
       multiply_keys(ring.stage);
-      if (kOverlap) {
-        ptx::mbarrier_wait(&shared.value_full[previous.stage], previous.parity);
-        multiply_values(previous.stage);
-        pass_turn();
-        ptx::wgmma_wait<1>();  // the scores are there
-      } else {
-        ptx::wgmma_wait<0>();
-      }
+      ptx::mbarrier_wait(&shared.value_full[previous.stage], previous.parity);
+      multiply_values(previous.stage);
+      pass_turn();
+      ptx::wgmma_wait<1>();  // the scores are there
       release(&shared.key_empty[ring.stage]);
       exponentiate(valid());
-      if (kOverlap) {
-        ptx::finish_first(softmax[0].sum + softmax[1].sum, &shared.unused);
-        ptx::wgmma_wait<0>();
-        release(&shared.value_empty[previous.stage]);
-      }
+      ptx::finish_first(softmax[0].sum + softmax[1].sum, &shared.unused);
+      ptx::wgmma_wait<0>();  // the output is there
+      release(&shared.value_empty[previous.stage]);
       pack_and_rescale();
     }
     release(&shared.query_empty);
@@ -208,21 +189,18 @@ struct Consumer {
     release(&shared.value_empty[ring.stage]);
     ring.advance();
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float& sum = softmax[half].sum;
-      sum += __shfl_xor_sync(kFullMask, sum, 1);
-      sum += __shfl_xor_sync(kFullMask, sum, 2);
-    }
+    for (int half = 0; half < 2; ++half) softmax[half].sum = quad_sum(softmax[half].sum);
   }
 
   // Leaves this part's result in the workspace. True if it is the last part of its tile to be done: then the
   // parts, merged in the order of their keys, are what this thread holds.
-  __device__ __forceinline__ bool merge_parts(const Piece& piece) {
+  __device__ __forceinline__ bool merge_parts(const PlannedPiece& plan) {
     constexpr int kFloats = kHeadDim / 2 + 4;
+    const Piece& piece = plan.piece;
     const int thread = threadIdx.x % kWarpgroup;
     const auto partial = [&](int part) {
-      const int64_t index = static_cast<int64_t>(piece.partial - piece.part + part) * kConsumers + consumer;
-      return p.partials + index * kFloats * kWarpgroup + thread;
+      const int64_t index = int64_t(plan.sample) * p.partials_a_sample + piece.partial - piece.part + part;
+      return p.partials + (index * kConsumers + consumer) * kFloats * kWarpgroup + thread;
     };
     float* mine = partial(piece.part);
 #pragma unroll
@@ -233,9 +211,13 @@ struct Consumer {
       mine[(kHeadDim / 2 + 2 + half) * kWarpgroup] = softmax[half].sum;
     }
     __threadfence();
-    ptx::barrier_sync(3 + consumer, kWarpgroup);
-    if (thread == 0) shared.arrived[consumer] = atomicAdd(&p.arrived[piece.tile * kConsumers + consumer], 1u);
-    ptx::barrier_sync(3 + consumer, kWarpgroup);
+    const int barrier = barrier_id(NamedBarrier::kMerge, consumer);
+    ptx::barrier_sync(barrier, kWarpgroup);
+    if (thread == 0) {
+      const int tile = plan.sample * p.cut_a_sample + piece.tile;
+      shared.arrived[consumer] = atomicAdd(&p.arrived[tile * kConsumers + consumer], 1u);
+    }
+    ptx::barrier_sync(barrier, kWarpgroup);
     if (shared.arrived[consumer] + 1 < static_cast<uint32_t>(piece.parts)) return false;
     __threadfence();
 
@@ -268,7 +250,7 @@ struct Consumer {
     for (int half = 0; half < 2; ++half) {
       const int query_row = plan.first_row + row() + half * 8;
       if (query_row >= p.a.length) continue;
-      const float sum = softmax[half].sum, factor = sum == 0.0f ? 0.0f : 1.0f / sum;
+      const float sum = softmax[half].sum, factor = OnlineSoftmax::normaliser(sum);
       const int64_t index =
           (static_cast<int64_t>(plan.sample) * p.a.length + query_row) * p.a.heads + plan.head;
       T* target = static_cast<T*>(p.a.out) + index * kHeadDim + lane % 4 * 2;
@@ -281,26 +263,26 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void run() {
-    if (kOverlap && consumer == 1) pass_turn();
+    if (consumer == 1) pass_turn();
 #pragma unroll 1
-    for (int index = 0; index < shared.pieces; ++index) {
+    for (int index = 0;; ++index) {
       const PlannedPiece& plan = wait_for_plan(shared, index);
+      if (plan.piece.tile < 0) return;
       clear();
       if (plan.steps > 0) attend_piece(plan);
-      if (plan.piece.parts == 1 || merge_parts(plan.piece)) store(plan);
+      if (plan.piece.parts == 1 || merge_parts(plan)) store(plan);
       release_plan(shared, index);
     }
   }
 };
 
-template <class T, int kHeadDim, int kKeyTile, int kConsumers>
-__global__ void __launch_bounds__((kConsumers + 1) * kWarpgroup, 1)
+template <class T, int kHeadDim, int kKeyTile>
+__global__ void __launch_bounds__(kAttendSm90Threads, 1)
     attend_sm90_kernel(const __grid_constant__ AttendSm90Parameters p) {
-  using Shared = AttendSm90Shared<T, kHeadDim, kKeyTile, kConsumers>;
+  using Shared = AttendSm90Shared<T, kHeadDim, kKeyTile>;
   auto& shared = shared_memory<Shared>();
   const int steps_per_page = (p.a.tokens + kKeyTile - 1) / kKeyTile;
   if (threadIdx.x == 0) {
-    constexpr int kConsumerWarps = kConsumers * kWarpgroup / kWarpSize;
     ptx::mbarrier_init(&shared.query_full, 1);
     ptx::mbarrier_init(&shared.query_empty, kConsumerWarps);
     for (int stage = 0; stage < Shared::kStages; ++stage) {
@@ -311,28 +293,25 @@ __global__ void __launch_bounds__((kConsumers + 1) * kWarpgroup, 1)
     }
     for (int stage = 0; stage < 2; ++stage) {
       ptx::mbarrier_init(&shared.rotation_full[stage], kWarpSize);
-      ptx::mbarrier_init(&shared.rotation_empty[stage], kConsumers * kWarpgroup);
-    }
-    for (int stage = 0; stage < 2; ++stage) {
+      ptx::mbarrier_init(&shared.rotation_empty[stage], kConsumerThreads);
       ptx::mbarrier_init(&shared.plan_full[stage], 1);
-      ptx::mbarrier_init(&shared.plan_empty[stage], 1 + kWarpSize + kConsumers * kWarpgroup);
+      ptx::mbarrier_init(&shared.plan_empty[stage], 1 + kWarpSize + kConsumerThreads);
     }
     ptx::mbarrier_init_fence();
-    shared.pieces = piece_count(p.schedule, blockIdx.x);
   }
   __syncthreads();
 
   // The same in all lanes, and known to be so by the compiler.
   const int warp = __shfl_sync(kFullMask, threadIdx.x / kWarpSize, 0);
   if (warp < kWarpgroup / kWarpSize) {
-    ptx::give_up_registers<kProducerRegisters<kConsumers>>();
+    ptx::give_up_registers<kProducerRegisters>();
     if (threadIdx.x == 0) load_pieces<Shared, kKeyTile>(p, shared, steps_per_page);
     if (warp == 1) rotate_pieces<Shared, kHeadDim>(p, shared);
     if (threadIdx.x == 2 * kWarpSize) plan_pieces(p, shared, steps_per_page);
   } else {
-    ptx::take_registers<kConsumerRegisters<kConsumers>>();
+    ptx::take_registers<kConsumerRegisters>();
     const int consumer = warp / (kWarpgroup / kWarpSize) - 1;
-    Consumer<T, kHeadDim, kKeyTile, kConsumers>(p, shared, steps_per_page, consumer).run();
+    Consumer<T, kHeadDim, kKeyTile>(p, shared, steps_per_page, consumer).run();
   }
 }
 

@@ -7,9 +7,8 @@
 namespace longlive {
 
 struct AttendSm90Options {
-  int page_slots;     // how many pages the pools have; a slot past them counts as a page of zeros
-  int key_tile = 0;   // tokens of a key tile: 112, 128, 144 or 176; 0: chosen by the frame size
-  int consumers = 0;  // warpgroups of 64 query rows: 2; or 3, with key_tile 112 and head_dim 128; 0: 2
+  int page_slots;    // how many pages the pools have; a slot past them counts as a page of zeros
+  int key_tile = 0;  // tokens of a key tile: 112, 128, 144 or 176; 0: chosen by the frame size
 };
 
 bool attend_sm90_supports(const AttendArguments& arguments);

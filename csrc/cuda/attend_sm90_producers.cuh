@@ -13,38 +13,61 @@ __device__ __forceinline__ int next_entry(const AttendSm90Parameters& p, int sam
   return entry;
 }
 
-// One thread: works out the pieces of this block.
+// Where the steps of a piece lie in the table and in the query; `used_steps` is how many the sample has.
+__device__ __forceinline__ void locate_piece(const AttendSm90Parameters& p, PlannedPiece& plan,
+                                             int used_steps, int steps_per_page) {
+  plan.head = plan.piece.tile / p.query_tiles;
+  plan.first_row = plan.piece.tile % p.query_tiles * kQueryRows;
+  plan.first_frame = plan.first_row / p.a.tokens;
+  const int begin = step_at(plan.piece.begin, plan.piece.of, used_steps);
+  const int end = step_at(plan.piece.end, plan.piece.of, used_steps);
+  const int first_page = begin / steps_per_page;
+  plan.steps = end - begin;
+  plan.tile = begin - first_page * steps_per_page;
+  plan.pages = begin < end ? (end - 1) / steps_per_page - first_page + 1 : 0;
+  int entry = -1;
+  if (begin < end)
+#pragma unroll 1
+    for (int page = 0; page <= first_page; ++page) entry = next_entry(p, plan.sample, entry);
+  plan.entry = entry;
+}
+
+// One thread: works out the pieces of this block, and a last one that says that there are no more.
 template <class Shared>
 __device__ __forceinline__ void plan_pieces(const AttendSm90Parameters& p, Shared& shared,
                                             int steps_per_page) {
-#pragma unroll 1
-  for (int index = 0; index < shared.pieces; ++index) {
+  int index = 0, unit = blockIdx.x;
+  const auto next_plan = [&]() -> PlannedPiece& {
     const auto ring = ring_of_two(index);
     ptx::mbarrier_wait(&shared.plan_empty[ring.stage], ring.parity ^ 1);
-    PlannedPiece& plan = shared.plan[ring.stage];
-    plan.piece = piece_at(p.schedule, blockIdx.x, index);
-    const int heads = plan.piece.tile / p.query_tiles;
-    plan.sample = heads / p.a.heads;
-    plan.head = heads % p.a.heads;
-    plan.first_row = plan.piece.tile % p.query_tiles * Shared::kRows;
-    plan.first_frame = plan.first_row / p.a.tokens;
+    return shared.plan[ring.stage];
+  };
+  const auto publish = [&] { ptx::mbarrier_arrive(&shared.plan_full[ring_of_two(index++).stage]); };
+#pragma unroll 1
+  for (int sample = 0; sample < p.a.batch; ++sample) {
     int used = 0;
 #pragma unroll 1
-    for (int entry = 0; entry < p.a.entries; ++entry)
-      used += p.a.slots[plan.sample * p.a.entries + entry] >= 0;
-    const int begin = step_at(plan.piece.begin, plan.piece.of, used * steps_per_page);
-    const int end = step_at(plan.piece.end, plan.piece.of, used * steps_per_page);
-    const int first_page = begin / steps_per_page;
-    plan.steps = end - begin;
-    plan.tile = begin - first_page * steps_per_page;
-    plan.pages = begin < end ? (end - 1) / steps_per_page - first_page + 1 : 0;
-    int entry = -1;
-    if (begin < end)
+    for (int entry = 0; entry < p.a.entries; ++entry) used += p.a.slots[sample * p.a.entries + entry] >= 0;
+    // In shared memory, because 24 registers do not hold it as well.
+    Schedule& schedule = shared.schedule;
+    schedule = make_schedule(p.a.heads * p.query_tiles, used * steps_per_page, gridDim.x);
+    shared.used_steps = used * steps_per_page;
 #pragma unroll 1
-      for (int page = 0; page <= first_page; ++page) entry = next_entry(p, plan.sample, entry);
-    plan.entry = entry;
-    ptx::mbarrier_arrive(&shared.plan_full[ring.stage]);
+    for (; unit < unit_count(schedule); unit += gridDim.x)
+#pragma unroll 1
+      for (int i = 0;; ++i) {
+        const Piece piece = piece_at(schedule, unit, i);
+        if (piece.tile < 0) break;
+        PlannedPiece& plan = next_plan();
+        plan.piece = piece;
+        plan.sample = sample;
+        locate_piece(p, plan, shared.used_steps, steps_per_page);
+        publish();
+      }
+    unit -= unit_count(schedule);  // the next sample's units follow
   }
+  next_plan().piece.tile = -1;
+  publish();
 }
 
 // The plan for the block's `index`th piece, for those who carry it out.
@@ -69,8 +92,9 @@ __device__ __forceinline__ void load_pieces(const AttendSm90Parameters& p, Share
   Ring<Shared::kStages> ring;
   int queries = 0;
 #pragma unroll 1
-  for (int index = 0; index < shared.pieces; ++index) {
+  for (int index = 0;; ++index) {
     const PlannedPiece& plan = wait_for_plan(shared, index);
+    if (plan.piece.tile < 0) return;
     const int sample = plan.sample, head = plan.head, first_row = plan.first_row;
     int steps = plan.steps, tile = plan.tile, entry = plan.entry;
     release_plan(shared, index);
@@ -111,8 +135,9 @@ __device__ __forceinline__ void rotate_pieces(const AttendSm90Parameters& p, Sha
   const double frequency = pair < p.a.pairs ? p.a.frequencies[pair] : 0.0;
   int count = 0;
 #pragma unroll 1
-  for (int index = 0; index < shared.pieces; ++index) {
+  for (int index = 0;; ++index) {
     const PlannedPiece& plan = wait_for_plan(shared, index);
+    if (plan.piece.tile < 0) return;
     const int sample = plan.sample, first_frame = plan.first_frame;
     // Without turning pairs the query is the same for all pages.
     int entry = plan.entry, pages = p.a.pairs > 0 ? plan.pages : min(plan.pages, 1);

@@ -4,7 +4,7 @@ namespace longlive {
 
 void insert(const InsertArguments& a, void* stream) {
   const unsigned rows = static_cast<unsigned>(a.batch) * a.frames * a.tokens;
-  if (rows == 0) return;
+  if (rows == 0 || a.heads == 0 || a.head_dim == 0) return;
   dispatch(DType(a.dtype), [&](auto element) {
     using T = decltype(element);
     const int vectors = a.heads * a.head_dim / Vector<T>::kSize;

@@ -22,10 +22,25 @@ struct InsertShared {
   float partial[kWarpSize];  // sum of squares of each warp
 };
 
-template <class T>
-__device__ __forceinline__ float load_weight(const InsertTensor& tensor, int column) {
-  return tensor.float_weight ? static_cast<const float*>(tensor.weight)[column]
-                             : to_float(static_cast<const T*>(tensor.weight)[column]);
+__device__ __forceinline__ bool is_aligned(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % 16 == 0;
+}
+
+// `kCount` numbers as floats, in 16-byte loads if `wide`; the address must then be a multiple of 16.
+template <int kCount, class T>
+__device__ __forceinline__ void load_floats(float* to, const T* from, bool wide) {
+  static_assert(kCount % Vector<T>::kSize == 0, "whole vectors");
+  if (wide) {
+#pragma unroll
+    for (int i = 0; i < kCount; i += Vector<T>::kSize) {
+      const Vector<T> vector = load_vector(from + i);
+#pragma unroll
+      for (int j = 0; j < Vector<T>::kSize; ++j) to[i + j] = to_float(vector.element[j]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) to[i] = to_float(from[i]);
+  }
 }
 
 // Grid: (batch * frames * tokens, 3 for K, V and Q or 2 without Q). A thread holds
@@ -49,7 +64,7 @@ __global__ void __launch_bounds__(insert_max_threads<T>(kHeld))
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int vector = threadIdx.x + i * blockDim.x;
-    if (vector < vectors) held[i] = reinterpret_cast<const Row*>(source)[vector];
+    if (vector < vectors) held[i] = load_vector(source + vector * Row::kSize);
   }
 
   float scale = 1.0f;
@@ -67,8 +82,11 @@ __global__ void __launch_bounds__(insert_max_threads<T>(kHeld))
     scale = rsqrtf(sum / static_cast<float>(heads * head_dim) + a.eps);
   }
 
-  const float2* angles = reinterpret_cast<const float2*>(a.rotation) + int64_t(token) * a.pairs;
+  const float* angles = a.rotation + int64_t(token) * a.pairs * 2;
   const int first_pair = head_dim / 2 - a.pairs;
+  // With an even number of pairs two neighbours lie in one 16-byte word, and both turn or neither does.
+  const bool wide_angles = a.pairs % 2 == 0 && is_aligned(a.rotation),
+             wide_weight = is_aligned(tensor.weight);
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int vector = threadIdx.x + i * blockDim.x;
@@ -77,17 +95,31 @@ __global__ void __launch_bounds__(insert_max_threads<T>(kHeld))
               dim = column - head * head_dim;
     Row& row = held[i];
     if (!is_value) {
+      float x[Row::kSize];
 #pragma unroll
-      for (int j = 0; j < Row::kSize; j += 2) {
-        float x = to_float(row.element[j]), y = to_float(row.element[j + 1]);
-        if (tensor.weight) {
-          x *= scale * load_weight<T>(tensor, column + j);
-          y *= scale * load_weight<T>(tensor, column + j + 1);
-        }
+      for (int j = 0; j < Row::kSize; ++j) x[j] = to_float(row.element[j]);
+      if (tensor.weight) {
+        float weight[Row::kSize];
+        if (tensor.float_weight)
+          load_floats<Row::kSize>(weight, static_cast<const float*>(tensor.weight) + column, wide_weight);
+        else
+          load_floats<Row::kSize>(weight, static_cast<const T*>(tensor.weight) + column, wide_weight);
+#pragma unroll
+        for (int j = 0; j < Row::kSize; ++j) x[j] *= scale * weight[j];
+      }
+#pragma unroll
+      for (int j = 0; j < Row::kSize; j += 4) {
+        float turn[4] = {1.0f, 0.0f, 1.0f, 0.0f};  // cosine and sine of two pairs
         const int pair = (dim + j) / 2 - first_pair;
-        const float2 angle = pair >= 0 ? __ldg(angles + pair) : float2{1.0f, 0.0f};
-        row.element[j] = from_float<T>(x * angle.x - y * angle.y);
-        row.element[j + 1] = from_float<T>(x * angle.y + y * angle.x);
+        if (pair >= 0)
+          load_floats<4>(turn, angles + pair * 2, wide_angles);
+        else if (pair == -1)
+          turn[2] = angles[0], turn[3] = angles[1];
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+          row.element[j + i] = from_float<T>(x[j + i] * turn[i] - x[j + i + 1] * turn[i + 1]);
+          row.element[j + i + 1] = from_float<T>(x[j + i] * turn[i + 1] + x[j + i + 1] * turn[i]);
+        }
       }
     }
     T* target = is_query ? static_cast<T*>(a.q_out) + int64_t(blockIdx.x) * heads * head_dim + column

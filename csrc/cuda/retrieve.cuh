@@ -23,6 +23,12 @@ struct RetrieveShared {
   bool is_last;
 };
 
+// Where the blocks of a sample meet.
+struct RetrieveScratch {
+  unsigned* finished_blocks;  // [batch], zero at the launch
+  RankingKey* lists;          // [batch][blocks of a sample], each of the size of a list
+};
+
 // Leaves the best of all warps in the first one.
 template <int kRegisters>
 __device__ __forceinline__ void merge_warps(RankedList<kRegisters>& best,
@@ -43,7 +49,8 @@ __device__ __forceinline__ void merge_warps(RankedList<kRegisters>& best,
 
 // Grid: (blocks of a sample, batch).
 template <class T, int kRegisters>
-__global__ void __launch_bounds__(kRetrieveThreads) retrieve_kernel(const RetrieveArguments a) {
+__global__ void __launch_bounds__(kRetrieveThreads)
+    retrieve_kernel(const RetrieveArguments a, const RetrieveScratch scratch) {
   using Chunk = Vector<T>;
   auto& shared = shared_memory<RetrieveShared<kRegisters>>();
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize, sample = blockIdx.y;
@@ -100,12 +107,12 @@ __global__ void __launch_bounds__(kRetrieveThreads) retrieve_kernel(const Retrie
   merge_warps(best, shared);
 
   constexpr int kListSize = RankedList<kRegisters>::kSize;
-  RankingKey* lists = static_cast<RankingKey*>(a.lists) + int64_t(sample) * gridDim.x * kListSize;
+  RankingKey* lists = scratch.lists + int64_t(sample) * gridDim.x * kListSize;
   if (warp == 0) {
     best.store(lists + blockIdx.x * kListSize);
     __threadfence();  // the list is visible to whoever sees the counter
     __syncwarp();
-    if (lane == 0) shared.is_last = atomicAdd(a.finished_blocks + sample, 1u) == gridDim.x - 1;
+    if (lane == 0) shared.is_last = atomicAdd(scratch.finished_blocks + sample, 1u) == gridDim.x - 1;
   }
   __syncthreads();
   if (!shared.is_last) return;
@@ -119,18 +126,13 @@ __global__ void __launch_bounds__(kRetrieveThreads) retrieve_kernel(const Retrie
   }
   merge_warps(best, shared);
   if (warp != 0) return;
-  if (lane == 0) a.finished_blocks[sample] = 0;
 #pragma unroll
   for (int r = 0; r < kRegisters; ++r) {
     const int place = r * kWarpSize + lane;
     if (place >= a.k) break;
     const bool found = best.entry[r] != 0;
-    const int index = found ? ranking_index(best.entry[r]) : -1;
-    a.indices[sample * a.k + place] = index;
+    a.indices[sample * a.k + place] = found ? ranking_index(best.entry[r]) : -1;
     a.similarity[sample * a.k + place] = found ? ranking_score(best.entry[r]) : -INFINITY;
-    if (a.slots)
-      a.slots[sample * a.slots_batch_stride + place] =
-          found ? a.frame_slots[sample * a.frame_slots_batch_stride + index] : -1;
   }
 }
 

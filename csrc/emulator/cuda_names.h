@@ -3,6 +3,7 @@
 #pragma once
 #include <bit>
 #include <cmath>
+#include <type_traits>
 
 #include "emulator/simt.h"
 
@@ -12,24 +13,13 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __restrict__
 
 using cudaStream_t = void*;
 
 struct alignas(8) float2 {
   float x, y;
 };
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
 inline float2 make_float2(float x, float y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 // Half-precision numbers: storage and correctly rounded conversion; arithmetic is done in float.
 struct __nv_bfloat16 {
@@ -66,6 +56,7 @@ inline __half __float2half_rn(float x) {
 
 template <class T>
 T __ldg(const T* address) {
+  if (reinterpret_cast<uintptr_t>(address) % alignof(T)) throw std::logic_error("a misaligned load");
   return *address;
 }
 template <class T>
@@ -76,8 +67,6 @@ inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
 inline unsigned __umulhi(unsigned x, unsigned y) { return static_cast<unsigned>(uint64_t(x) * y >> 32); }
 inline int __popc(unsigned x) { return std::popcount(x); }
-inline int __ffs(unsigned x) { return x ? std::countr_zero(x) + 1 : 0; }
-inline int __clz(unsigned x) { return std::countl_zero(x); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline void sincospif(float x, float* sine, float* cosine) {
   *sine = static_cast<float>(std::sin(M_PI * static_cast<double>(x)));
@@ -121,6 +110,16 @@ T exchange(const char* name, T value, unsigned source) {
   return mine.result;
 }
 inline unsigned lane() { return block->current % kWarp; }
+
+// The low (0) or high (1) one of a register's two 16-bit numbers.
+template <class T>
+float half_of(uint32_t packed, unsigned half) {
+  const T element{static_cast<uint16_t>(packed >> (16 * half))};
+  if constexpr (std::is_same_v<T, __half>)
+    return __half2float(element);
+  else
+    return __bfloat162float(element);
+}
 }  // namespace simt
 
 template <class T>

@@ -63,8 +63,7 @@ inline Hopper& hopper() {
   return *static_cast<Hopper*>(block->extension.get());
 }
 
-// ---- mbarrier
-// ----------------------------------------------------------------------------------------------
+// ---- mbarrier ---------------------------------------------------------------------------------------------
 
 // The object's content is opaque in PTX; this is the state its operations are described with.
 struct Mbarrier {
@@ -119,8 +118,7 @@ inline void mbarrier_wait(uint64_t* barrier, unsigned parity) {
   });
 }
 
-// ---- TMA
-// ---------------------------------------------------------------------------------------------------
+// ---- TMA --------------------------------------------------------------------------------------------------
 
 struct TensorMap {
   const unsigned char* base;
@@ -177,8 +175,7 @@ inline void tma_load(void* target, const TensorMap& map, uint64_t* barrier, cons
                              }});
 }
 
-// ---- wgmma
-// -------------------------------------------------------------------------------------------------
+// ---- wgmma ------------------------------------------------------------------------------------------------
 
 // A matrix descriptor: start address, leading and stride dimension byte offsets, base offset, swizzling mode.
 struct Matrix {
@@ -203,12 +200,9 @@ struct Matrix {
 
 template <class T>
 float load_as_float(const void* address) {
-  T element;
-  std::memcpy(&element, address, sizeof element);
-  if constexpr (std::is_same_v<T, __half>)
-    return __half2float(element);
-  else
-    return __bfloat162float(element);
+  uint16_t bits;
+  std::memcpy(&bits, address, sizeof bits);
+  return half_of<T>(bits, 0);
 }
 
 inline void wgmma_fence() { hopper().fenced[block->current] = true; }
@@ -242,8 +236,7 @@ void wgmma(float* d, int n, const uint32_t* a, uint64_t a_matrix, uint64_t b_mat
         for (unsigned i = 0; i < 8; ++i) {
           const unsigned row = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
           const unsigned column = thread % 4 * 2 + i / 4 * 8 + i % 2;
-          const auto half = static_cast<uint16_t>(call.a[i / 2] >> (i % 2 * 16));
-          (*rows)[row * 16 + column] = load_as_float<T>(&half);
+          (*rows)[row * 16 + column] = half_of<T>(call.a[i / 2], i % 2);
         }
     }
     for (unsigned thread = 0; thread < kWarpgroup; ++thread) calls[thread]->rows = rows;

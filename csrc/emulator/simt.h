@@ -37,7 +37,7 @@ constexpr unsigned kWarpgroup = 128;
 constexpr int kPoison = 0xff;  // all bits set is a NaN in every floating type and -1 in every integer
 constexpr size_t kStackBytes = 256 * 1024;
 
-// Operations issued in groups and finished in order, at the latest moment: cp.async, wgmma, bulk stores.
+// Operations issued in groups and finished in order, at the latest moment: cp.async and wgmma.
 class AsyncQueue {
  public:
   void post(std::function<void()> operation) { open_.push_back(std::move(operation)); }
@@ -63,7 +63,6 @@ struct Thread {
   const char* operation = "";  // where it waits, for the report of a deadlock
   AsyncQueue copies;           // cp.async
   AsyncQueue products;         // wgmma
-  AsyncQueue stores;           // cp.async.bulk from shared to global memory
 };
 
 // The threads of a warp or warpgroup gather here; the last to come performs the operation for all.

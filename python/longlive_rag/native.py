@@ -28,14 +28,17 @@ class CudaStatus:
     reason: str | None
 
 
-@functools.cache
 def kernels() -> ModuleType | None:
-    """The extension module if it has CUDA kernels that this machine's driver, if any, can load; else None.
-
-    Does not initialise CUDA, so that the process may still fork.
-    """
+    """The extension module if it has CUDA kernels, whatever GPU is there; else None."""
     module, _ = _load()
-    if module is None or not module.cuda_version or _driver_is_too_old(module):
+    return module if module is not None and module.cuda_version else None
+
+
+@functools.cache
+def kernels_on(device: torch.device) -> ModuleType | None:
+    """The extension module if its CUDA kernels can run on this device; else None. Once a device: the answer is kept."""
+    module = kernels()
+    if module is None or device.type != "cuda" or _unavailable(module, device.index) is not None:
         return None
     return module
 
@@ -47,9 +50,8 @@ def cuda_status() -> CudaStatus:
         return CudaStatus(False, (), False, problem)
     if not module.cuda_version:
         return CudaStatus(False, (), False, "built without CUDA: no nvcc was found, or LONGLIVE_RAG_CUDA was OFF")
-    architectures = tuple(module.cuda_architectures.split())
-    reason = _unavailable(module, architectures)
-    return CudaStatus(True, architectures, reason is None, reason)
+    reason = _unavailable(module, None)
+    return CudaStatus(True, tuple(module.cuda_architectures.split()), reason is None, reason)
 
 
 def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
@@ -70,6 +72,23 @@ def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
     return capability >= built_for
 
 
+def extension() -> ModuleType | None:
+    """The extension module, whatever it was built with; None if it cannot be imported."""
+    return _load()[0]
+
+
+def driver_version() -> int:
+    """Newest CUDA version that the driver supports, such as 13000; 0 without a driver or without CUDA compiled in."""
+    module = kernels()
+    return module.cuda_driver_version() if module is not None else 0
+
+
+def driver_is_too_old() -> bool:
+    """Whether there is a driver, but for an older major version of CUDA than the kernels were built with."""
+    module = kernels()
+    return module is not None and 0 < driver_version() < 1000 * int(module.cuda_version.split(".")[0])
+
+
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
     try:
@@ -78,27 +97,23 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, f"the extension module longlive_rag._C could not be imported: {error}"
 
 
-def _driver_is_too_old(module: ModuleType) -> bool:
-    """Whether the driver is of an older major CUDA version; within one, CUDA is compatible."""
-    driver = module.cuda_driver_version()
-    return 0 < driver < 1000 * int(module.cuda_version.split(".")[0])
-
-
-def _unavailable(module: ModuleType, architectures: tuple[str, ...]) -> str | None:
+def _unavailable(module: ModuleType, index: int | None) -> str | None:
+    """Why the kernels cannot run on the CUDA device of this number (None: the current one); None if they can."""
     if torch.version.cuda is None:
         return f"this torch ({torch.__version__}) is built without CUDA"
-    driver = module.cuda_driver_version()
+    driver = driver_version()
     if driver == 0:
         return "no NVIDIA driver was found"
-    if _driver_is_too_old(module):
+    if driver_is_too_old():
         supported = f"{driver // 1000}.{driver % 1000 // 10}"
         return f"the kernels are built with CUDA {module.cuda_version}, but the driver supports only CUDA {supported}"
     if not torch.cuda.is_available():
         return "torch finds no usable NVIDIA GPU"
-    capability = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability(index)
+    architectures = module.cuda_architectures.split()
     if not any(runs_on(architecture, capability) for architecture in architectures):
         return (
-            f"the kernels are built for {', '.join(architectures)}, but {torch.cuda.get_device_name()} has compute "
-            f"capability {capability[0]}.{capability[1]}"
+            f"the kernels are built for {', '.join(architectures)}, but {torch.cuda.get_device_name(index)} has "
+            f"compute capability {capability[0]}.{capability[1]}"
         )
     return None

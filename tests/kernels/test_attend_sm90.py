@@ -1,100 +1,51 @@
 """attend on Hopper, emulated: the kernel's own body against a model of TMA, wgmma and transaction barriers
-(csrc/emulator/hopper.h). On a Hopper GPU the contract tests in tests/ops run the real kernel, and the last test here
-compares it with the one for sm_80."""
+(csrc/emulator/hopper.h), where the contract tests of tests/ops do not reach: each tile, schedules that hold a warp up,
+the cut of the work, planted faults. On a Hopper GPU the last test compares the kernel with the one for sm_80."""
 
 from __future__ import annotations
 
 from types import ModuleType
-from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from longlive_rag import ops, rotary
+from longlive_rag import ops
+from longlive_rag.native import kernels_on
 from longlive_rag.ops._cuda import DTYPE_CODES
-from longlive_rag.ops.attend import _is_hopper, _launch_sm80, _Sizes
-from support import emulated
+from longlive_rag.ops.attend import launch
+from support import attend_cases, emulated
+from support.attend_cases import Case, exact
 
-LAUNCHER, KERNEL = (
-    "cuda/attend_sm90.cu",
-    ("cuda/attend_sm90.cuh", "cuda/attend_sm90_producers.cuh", "cuda/attend_sm90_shared.cuh"),
-)
 MULTIPROCESSORS = 4
 """Of the emulated device."""
 
 
-class Case(NamedTuple):
-    """Arguments of `ops.attend`, in its order."""
-
-    q: Tensor
-    k_pages: Tensor
-    v_pages: Tensor
-    slots: Tensor
-    positions: Tensor
-    query_position: Tensor
-    frequencies: Tensor
+def make_case(dtype: torch.dtype = torch.bfloat16, *, tokens: int = 150, head_dim: int = 128, **sizes: int) -> Case:
+    return attend_cases.make_case(torch.device("cpu"), dtype, tokens=tokens, head_dim=head_dim, **sizes)
 
 
-def make_case(
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    batch: int = 1,
-    frames: int = 1,
-    tokens: int = 150,
-    heads: int = 1,
-    head_dim: int = 128,
-    entries: int = 2,
-    pairs: int | None = None,
-    distance: int = 30,
-) -> Case:
-    """Random pages in random slots; the unused ones hold NaN, and unused table entries the largest integers."""
-    torch.manual_seed(0)
-    used, pool = batch * entries, batch * entries + 2
-    slots = torch.randperm(pool)
-    k_pages, v_pages = (torch.full((pool, heads, tokens, head_dim), torch.nan) for _ in "kv")
-    for pages in (k_pages, v_pages):
-        pages[slots[:used]] = torch.randn(used, heads, tokens, head_dim)
-    unused = torch.full((batch, 2), 2**31 - 1)
-    order = torch.randperm(entries + 2)
-    frequencies = rotary.temporal_frequencies(head_dim) if pairs is None else torch.rand(pairs, dtype=torch.float64)
-    return Case(
-        torch.randn(batch, frames * tokens, heads, head_dim).to(dtype),
-        k_pages.to(dtype),
-        v_pages.to(dtype),
-        torch.cat([slots[:used].view(batch, entries), -unused], dim=1)[:, order].int(),
-        torch.cat([torch.randint(0, 30, (batch, entries)), unused], dim=1)[:, order].int(),
-        (distance + torch.arange(frames)).repeat(batch, 1).int(),
-        frequencies,
-    )
+def sizes_of(case: Case) -> tuple[object, ...]:
+    """As the extension wants them."""
+    entries, pairs = case.slots.shape[1], case.frequencies.shape[0]
+    return case.q.shape, case.k_pages.shape, entries, pairs, DTYPE_CODES[case.q.dtype]
 
 
-def attend_sm90(
-    module: ModuleType, case: Case, *, scale: float | None = None, key_tile: int = 0, consumers: int = 0
-) -> tuple[Tensor, Tensor]:
+def attend_sm90(module: ModuleType, case: Case, key_tile: int = 0) -> tuple[Tensor, Tensor]:
     """The emulated kernel's output and log-sum-exp; both, and the workspace, are poisoned before."""
-    (batch, length, heads, head_dim), (pool, _, tokens, _) = case.q.shape, case.k_pages.shape
-    shape = (batch, length, heads, head_dim, tokens, case.slots.shape[1], case.frequencies.shape[0])
-    dtype = 1 if case.q.dtype == torch.float16 else 2
-    size = module.attend_sm90_workspace(shape, dtype, key_tile, consumers)
+    options, sizes = module.AttendOptions(kernel="sm90", key_tile=key_tile), sizes_of(case)
+    size = module.attend_workspace(sizes, options, 0)
     workspace = torch.full((size // 4 + 4,), torch.nan)
-    out, lse = torch.full_like(case.q, torch.nan), torch.full((batch, length, heads), torch.nan)
+    out, lse = torch.full_like(case.q, torch.nan), torch.full(case.q.shape[:3], torch.nan)
     addresses = [tensor.data_ptr() for tensor in (*case, out, lse, workspace)]
-    scale = head_dim**-0.5 if scale is None else scale
-    module.attend_sm90(*addresses, shape, pool, dtype, scale, key_tile, consumers, 0)
+    module.attend(*addresses, sizes, case.q.shape[3] ** -0.5, options, 0, 0)
     assert workspace[size // 4 :].isnan().all(), "a store went past the end of the workspace"
     return out, lse
 
 
-def exact(case: Case, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """The reference in float64; tests/ops show that to be right."""
-    wide = case._replace(q=case.q.double(), k_pages=case.k_pages.double(), v_pages=case.v_pages.double())
-    return ops.attend(*wide, scale=scale, return_lse=True)
-
-
-def check(module: ModuleType, case: Case, *, scale: float | None = None, key_tile: int = 0, consumers: int = 0) -> None:
-    out, lse = attend_sm90(module, case, scale=scale, key_tile=key_tile, consumers=consumers)
-    expected, expected_lse = exact(case, scale)
+def check(module: ModuleType, case: Case, key_tile: int = 0) -> None:
+    out, lse = attend_sm90(module, case, key_tile)
+    expected, expected_lse = exact(case)
     error = (out.double() - expected).norm() / expected.norm()
     # The output, the weights and the rotated part of the query are rounded, each to within eps / 2.
     assert error < 1.5 * torch.finfo(out.dtype).eps / 2, f"relative error {error:.2e}"
@@ -116,20 +67,12 @@ def order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 @pytest.mark.parametrize("dtype, head_dim", [(torch.bfloat16, 128), (torch.float16, 64)])
 def test_key_tiles(module, order, dtype, head_dim, key_tile, tokens):
     """Full tiles, tails, and a tile that is a whole page; the query tile's rows do not fill the last tile."""
-    check(module, make_case(dtype, head_dim=head_dim, tokens=tokens), key_tile=key_tile)
-
-
-def test_three_consumers(module, order):
-    check(module, make_case(frames=2), key_tile=112, consumers=3)
+    check(module, make_case(dtype, head_dim=head_dim, tokens=tokens), key_tile)
 
 
 def test_query_tiles_straddle_frames(module, order):
     """Frames of 70 tokens: the 128 rows of a query tile are of three frames, each at its own distance to each page."""
     check(module, make_case(frames=4, tokens=70, head_dim=64, entries=3))
-
-
-def test_batch_and_heads(module):
-    check(module, make_case(batch=2, heads=3, frames=2, tokens=64, head_dim=64))
 
 
 @pytest.mark.parametrize("pairs, head_dim", [(0, 128), (1, 128), (24, 128), (16, 64)])
@@ -142,39 +85,36 @@ def test_distant_frames(module):
     check(module, make_case(distance=1_000_000, tokens=80))
 
 
-def test_scale(module):
-    check(module, make_case(tokens=80), scale=0.3)
-
-
 @pytest.mark.parametrize("tiles, is_cut", [(MULTIPROCESSORS, False), (MULTIPROCESSORS + 2, True), (1, True)])
 def test_whole_and_cut_tiles(module, order, tiles, is_cut):
     """Waves of whole tiles need no workspace; a remainder is cut, and merged to the same result."""
     case = make_case(tokens=64, head_dim=64, heads=tiles, entries=8)
-    shape = (1, 64, tiles, 64, 64, case.slots.shape[1], case.frequencies.shape[0])
-    assert (module.attend_sm90_workspace(shape, 2, 0, 0) > 0) == is_cut
+    assert (module.attend_workspace(sizes_of(case), module.AttendOptions(kernel="sm90"), 0) > 0) == is_cut
     check(module, case)
 
 
-def test_order_of_blocks_and_place_of_pages_do_not_matter(module, monkeypatch):
-    """The same bits whichever block finishes first and merges, and wherever the pages lie."""
+def test_samples_with_unlike_numbers_of_pages(module, order):
+    """Each sample is cut by its own pages, and has its own place for partial results."""
+    case = make_case(batch=4, tokens=64, head_dim=64, heads=5, entries=6)
+    for sample, unused in enumerate([0, 3, 5, 1]):
+        used = (case.slots[sample] >= 0).nonzero()[:, 0]
+        case.slots[sample, used[:unused]] = -1
+    check(module, case)
+
+
+def test_bits_do_not_depend_on_the_order_of_blocks(module, monkeypatch):
+    """Whichever finishes first, and whichever merges the parts of a cut tile."""
     case = make_case(tokens=64, head_dim=64, heads=6, entries=5)
     monkeypatch.setenv("SIMT_ORDER", "forward")
     first = attend_sm90(module, case)
     monkeypatch.setenv("SIMT_ORDER", "reverse")
     for a, b in zip(first, attend_sm90(module, case), strict=True):
         assert torch.equal(a, b)
-    pages = torch.randperm(len(case.k_pages))
-    k_pages, v_pages = torch.empty_like(case.k_pages), torch.empty_like(case.v_pages)
-    k_pages[pages], v_pages[pages] = case.k_pages, case.v_pages
-    slots = torch.where(case.slots < 0, case.slots, pages[case.slots.clamp(min=0).long()].int())
-    moved = case._replace(k_pages=k_pages, v_pages=v_pages, slots=slots)
-    for a, b in zip(first, attend_sm90(module, moved), strict=True):
-        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("heads", [1, 6])
 def test_sample_without_pages(module, heads):
-    """Zeros and -inf, also where the tile is cut into (empty) parts; the other sample is not touched by it."""
+    """Zeros and -inf beside a sample whose tiles are cut, which is not touched by it."""
     case = make_case(batch=2, tokens=64, head_dim=64, heads=heads)
     case.slots[0] = -1
     out, lse = attend_sm90(module, case)
@@ -184,82 +124,101 @@ def test_sample_without_pages(module, heads):
 
 
 @pytest.mark.parametrize(
-    "change", [{"head_dim": 96}, {"tokens": 63}, {"pairs": 25}, {"head_dim": 64, "pairs": 17}, {"dtype": 0}]
+    "change",
+    [
+        {"head_dim": 96},
+        {"tokens": 63},
+        {"pairs": 25},
+        {"head_dim": 64, "pairs": 17},
+        {"dtype": 0},
+        {"heads": 0},
+        {"slots": 0},
+        {"entries": 0},
+    ],
 )
-def test_sizes_left_to_the_other_kernel(module, change):
-    sizes = {"length": 128, "head_dim": 128, "tokens": 64, "pairs": 22, "dtype": 2} | change
-    shape = (1, sizes["length"], 1, sizes["head_dim"], sizes["tokens"], 4, sizes["pairs"])
-    assert module.attend_sm90_workspace(shape, sizes["dtype"], 0, 0) is None
+def test_sizes_left_to_the_other_kernel(module, change, monkeypatch):
+    monkeypatch.setenv("SIMT_CAPABILITY", "90")
+    few = {"heads": 1, "head_dim": 128, "slots": 4, "tokens": 64, "entries": 4, "pairs": 22, "dtype": 2}
+
+    def kernel(heads, head_dim, slots, tokens, entries, pairs, dtype, wanted="auto"):
+        sizes = ((1, 128, heads, head_dim), (slots, heads, tokens, head_dim), entries, pairs, dtype)
+        return module.attend_kernel(sizes, module.AttendOptions(kernel=wanted), 0)
+
+    assert kernel(**few) == "sm90" and kernel(**few, wanted="sm80") == "sm80"
+    assert kernel(**few | change) == "sm80"
+    with pytest.raises(ValueError, match="sm_90a"):
+        kernel(**few | change, wanted="sm90")
+    monkeypatch.setenv("SIMT_CAPABILITY", "100")
+    assert kernel(**few) == "sm80"
 
 
+def test_a_kernel_of_another_name_is_refused(module):
+    with pytest.raises(ValueError, match="kernel must be auto, sm80 or sm90, got hopper"):
+        module.AttendOptions(kernel="hopper")
+
+
+LAUNCHER, CONSUMER, PRODUCERS = "cuda/attend_sm90.cu", "cuda/attend_sm90.cuh", "cuda/attend_sm90_producers.cuh"
 # One instantiation only, so that the faulty builds compile in a second or two.
 LEAN = (
     LAUNCHER,
-    """  if (DType(a.dtype) == DType::kFloat16)
-    choose_head_dim<__half>(a, options, workspace, static_cast<cudaStream_t>(stream));
-  else
-    choose_head_dim<__nv_bfloat16>(a, options, workspace, static_cast<cudaStream_t>(stream));
-""",
+    """if (DType(a.dtype) == DType::kFloat16)
+         choose_head_dim<__half>(a, options, workspace, static_cast<cudaStream_t>(stream));
+       else
+         choose_head_dim<__nv_bfloat16>(a, options, workspace, static_cast<cudaStream_t>(stream));""",
     "launch_attend<__nv_bfloat16, 128, 112>(a, options.page_slots, workspace, static_cast<cudaStream_t>(stream));",
 )
 AWAIT_QUERY = "ptx::mbarrier_wait(&shared.query_full, queries++ & 1);"
+AWAIT_OUTPUT = "ptx::wgmma_wait<0>();  // the output is there"
+RELEASE_VALUES = "\nrelease(&shared.value_empty[previous.stage]);"
 FAULTS = {
     "keys not waited for": [
-        (
-            "ptx::mbarrier_wait(&shared.key_full[ring.stage], ring.parity);\n      if (kOverlap)",
-            "if (kOverlap)",
-        )
+        (CONSUMER, "ptx::mbarrier_wait(&shared.key_full[ring.stage], ring.parity); await_turn();", "await_turn();")
     ],
     "rotations not waited for": [
-        ("ptx::mbarrier_wait(&shared.rotation_full[rotation_ring.stage], rotation_ring.parity);", "")
+        (CONSUMER, "ptx::mbarrier_wait(&shared.rotation_full[rotation_ring.stage], rotation_ring.parity);", "")
     ],
-    "scores not waited for": [("ptx::wgmma_wait<1>();  // the scores are there", "")],
-    "output scaled while its product is under way": [
-        (
-            "ptx::wgmma_wait<0>();\n        release(&shared.value_empty[previous.stage]);\n      }\n      pack",
-            "}\n      pack",
-        )
-    ],
+    "scores not waited for": [(CONSUMER, "ptx::wgmma_wait<1>();  // the scores are there", "")],
+    "output scaled while its product is under way": [(CONSUMER, AWAIT_OUTPUT + RELEASE_VALUES, "")],
     "values released before their product is done": [
-        (
-            "ptx::wgmma_wait<0>();\n        release(&shared.value_empty[previous.stage]);\n      }\n      pack",
-            "release(&shared.value_empty[previous.stage]);\n ptx::wgmma_wait<0>();\n      }\n      pack",
-        )
+        (CONSUMER, AWAIT_OUTPUT + RELEASE_VALUES, f"{RELEASE_VALUES} ptx::wgmma_wait<0>();")
     ],
     "query released before the last product": [
-        (AWAIT_QUERY, f"{AWAIT_QUERY} release(&shared.query_empty);"),
-        ("    release(&shared.query_empty);\n    ptx", "    ptx"),
+        (CONSUMER, AWAIT_QUERY, f"{AWAIT_QUERY} release(&shared.query_empty);"),
+        (CONSUMER, "release(&shared.query_empty); ptx::mbarrier_wait", "ptx::mbarrier_wait"),
     ],
     "wrong phase": [
         (
+            PRODUCERS,
             "ptx::mbarrier_wait(&shared.value_empty[ring.stage], ring.parity ^ 1);",
             "ptx::mbarrier_wait(&shared.value_empty[ring.stage], ring.parity);",
         )
     ],
     "fewer bytes expected than come": [
-        ("&shared.query_full, Shared::kQueryBytes)", "&shared.query_full, Shared::kQueryBytes / 2)")
+        (PRODUCERS, "&shared.query_full, Shared::kQueryBytes)", "&shared.query_full, Shared::kQueryBytes / 2)")
+    ],
+    "plan changed while it is carried out": [
+        (PRODUCERS, "ptx::mbarrier_wait(&shared.plan_empty[ring.stage], ring.parity ^ 1);", "")
     ],
     "no fence before the product": [
-        ("multiply_keys(int stage) {\n    ptx::wgmma_fence();", "multiply_keys(int stage) {")
+        (CONSUMER, "multiply_keys(int stage) { ptx::wgmma_fence();", "multiply_keys(int stage) {")
     ],
-    "leading dimension offset of V": [("kPattern, kKeyTile * 128), true", "kPattern, kPattern), true")],
-    "swizzle not undone": [("(chunk ^ r % 8)", "chunk")],
-    "tail not masked": [("if (valid < kKeyTile)", "if (valid < 0)")],
+    "leading dimension offset of V": [(CONSUMER, "kPattern, kKeyTile * 128), true", "kPattern, kPattern), true")],
+    "swizzle not undone": [(CONSUMER, "(chunk ^ r % 8)", "chunk")],
+    "tail not masked": [(CONSUMER, "if (valid < kKeyTile)", "if (valid < 0)")],
+    "frame of the other row": [(CONSUMER, "rotation_ring.stage][frame[half]]", "rotation_ring.stage][frame[0]]")],
     "merged by the first part": [
-        ("shared.arrived[consumer] + 1 < static_cast<uint32_t>(piece.parts)", "shared.arrived[consumer] > 0")
+        (CONSUMER, "shared.arrived[consumer] + 1 < static_cast<uint32_t>(piece.parts)", "shared.arrived[consumer] > 0")
     ],
+    "partial results of all samples in one place": [(CONSUMER, "int64_t(plan.sample) * p.partials_a_sample +", "")],
+    "the next sample's first unit left out": [(PRODUCERS, "unit -= unit_count(schedule);", "unit = blockIdx.x + 1;")],
 }
 
 
 @pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_faults_are_caught(fault, monkeypatch):
     """The emulation would not let any of these pass: it stops, or the result is wrong, under one of the schedules."""
-    edits = []
-    for old, new in FAULTS.get(fault, []):
-        (file,) = (file for file in KERNEL if old in (emulated.CSRC / file).read_text())
-        edits.append((file, old, new))
-    faulty = emulated.build(LEAN, *edits)
-    case, caught = make_case(tokens=120, heads=6), []
+    faulty = emulated.build(LEAN, *FAULTS.get(fault, []))
+    case, caught = make_case(batch=2, frames=2, tokens=120, heads=3, entries=4), []
     for order in ("forward", "reverse", "late1"):  # warp 1 makes the rotations
         monkeypatch.setenv("SIMT_ORDER", order)
         try:
@@ -278,13 +237,13 @@ def test_faults_are_caught(fault, monkeypatch):
 def test_agrees_with_the_other_kernel(dtype, sizes):
     """On Hopper: the kernel for sm_80 and newer computes the same."""
     device = torch.device("cuda", torch.cuda.current_device())
-    if not _is_hopper(device):
-        pytest.skip(f"{torch.cuda.get_device_name()} is not a Hopper GPU")
     case = Case(*(tensor.to(device) for tensor in make_case(dtype, **sizes)))
+    extension = kernels_on(device)
+    assert extension is not None
+    if extension.attend_kernel(sizes_of(case), extension.AttendOptions(), device.index) != "sm90":
+        pytest.skip(f"{torch.cuda.get_device_name()} is not a Hopper GPU")
     sm90, sm90_lse = ops.attend(*case, return_lse=True)
     out, lse = torch.full_like(sm90, torch.nan), torch.full_like(sm90_lse, torch.nan)
-    shape = (*case.q.shape, case.k_pages.shape[2], case.slots.shape[1], case.frequencies.shape[0])
-    code = DTYPE_CODES[dtype]
-    _launch_sm80([*case, out, lse], _Sizes(shape, code), case.q.shape[3] ** -0.5)
+    launch(extension, out, lse, *case, case.q.shape[3] ** -0.5, extension.AttendOptions(kernel="sm80"))
     assert (sm90.double() - out.double()).norm() < 2 * torch.finfo(dtype).eps * out.double().norm()
     torch.testing.assert_close(sm90_lse, lse, atol=1e-4, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Every variant of attend's kernel on a Hopper GPU: key tiles and numbers of consumers, at the sizes of videos.
+"""Every variant of attend's kernel on a Hopper GPU: key tiles, at the sizes of videos.
 
 The contract tests in tests/ops run on the operation's own choice. `longlive-rag bench attend --sweep` measures the
 variants tested here.

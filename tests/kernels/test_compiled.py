@@ -22,7 +22,7 @@ INSTRUCTIONS = {
     "retrieve": ["LDG.E.128", "SHFL", "ATOM"],
     "attend": ["HMMA.16816.F32", "LDGSTS.E.BYPASS.LTC128B.128", "LDSM.16.M88.4", "LDSM.16.MT88.4", "MUFU.EX2"],
 }
-INSTRUCTIONS_SM90 = ["HGMMA", "UTMALDG", "SYNCS", "MUFU.EX2"]
+INSTRUCTIONS_SM90 = ["HGMMA", "UTMALDG.5D", "SYNCS", "MUFU.EX2", "USETMAXREG"]
 
 
 def architectures() -> list[str]:
@@ -57,6 +57,17 @@ def compile_kernels(file: str, architecture: str) -> tuple[Path, str]:
     return target, log.read_text()
 
 
+def functions(cubin: Path) -> dict[str, str]:
+    """The disassembly of each kernel in the file."""
+    environment = os.environ | {"PATH": f"{Path(toolkit('nvdisasm')).parent}{os.pathsep}{os.environ['PATH']}"}
+    listing = subprocess.run(
+        [toolkit("cuobjdump"), "-sass", cubin], capture_output=True, text=True, check=True, env=environment
+    ).stdout
+    found = {part.split()[0]: part for part in listing.split("Function : ")[1:]}
+    assert found, f"no function in {cubin}"
+    return found
+
+
 def kernels(architecture: str) -> list[str]:
     return [*INSTRUCTIONS, *(["attend_sm90"] if architecture == "90a" else [])]
 
@@ -74,13 +85,22 @@ def test_machine_code(file: str, architecture: str) -> None:
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
     assert spills and not any(map(int, spills)), log
     assert "warning" not in log.lower() and not re.search(r"C75\d\d", log), log
-    environment = os.environ | {"PATH": f"{Path(toolkit('nvdisasm')).parent}{os.pathsep}{os.environ['PATH']}"}
-    listing = subprocess.run(
-        [toolkit("cuobjdump"), "-sass", cubin], capture_output=True, text=True, check=True, env=environment
-    ).stdout
-    functions = [part for part in listing.split("Function : ")[1:] if f"{file.removesuffix('_sm90')}" in part[:200]]
-    assert functions
-    for function in functions:
-        name = function.split()[0]
-        missing = [i for i in INSTRUCTIONS.get(file, INSTRUCTIONS_SM90) if i not in function]
+    for name, code in functions(cubin).items():
+        missing = [i for i in INSTRUCTIONS.get(file, INSTRUCTIONS_SM90) if i not in code]
         assert not missing, f"{name} has no {', '.join(missing)}"
+
+
+def test_softmax_overlaps_the_second_product() -> None:
+    """In each kernel for Hopper the exponentials come after the wait for the scores and before that for the output, the
+    product of which is then under way. ptxas would move the second wait up (`ptx::finish_first`)."""
+    cubin, _ = compile_kernels("attend_sm90", "90a")
+    for name, code in functions(cubin).items():
+        found = re.search(r"Li\d+ELi(\d+)E", name)
+        assert found is not None, name
+        lines = code.splitlines()
+        waits = [i for i, line in enumerate(lines) if "WARPGROUP.DEPBAR" in line]
+        scores = next(i for i in waits if "0x1" in lines[i].partition("DEPBAR")[2])
+        output = next(i for i in waits if i > scores)
+        exponentials = sum("MUFU.EX2" in line for line in lines[scores:output])
+        a_thread = int(found[1]) * 64 // 128
+        assert exponentials >= a_thread, f"{name}: {exponentials} of {a_thread} exponentials between the waits"

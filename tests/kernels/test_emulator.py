@@ -12,7 +12,7 @@ import torch
 from support import emulated
 
 PROGRAM = r"""
-#include "cuda/platform.cuh"
+#include "core/platform.cuh"
 #include "cuda/ptx/cp_async.cuh"
 
 #include <cstdio>

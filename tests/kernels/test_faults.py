@@ -22,11 +22,17 @@ def run_insert() -> list[Tensor]:
     torch.manual_seed(0)
     k, v, q = torch.randn(3, 1, 2, 5, 12, 64).half()
     weight, rotation = torch.rand(12 * 64), torch.rand(5, 20, 2)
-    pages = torch.zeros(2, 3, 12, 5, 64).half()
-    slots = torch.tensor([[2, 0]], dtype=torch.int32)
-    out = ops.insert(k, v, weight, rotation, pages[0], pages[1], slots, q=q, q_weight=weight)
-    assert out is not None
-    return [out, pages]
+    results = []
+    for offset in (0, 1):  # whole 16-byte words, and views that begin inside of one
+        weight, rotation = (
+            torch.cat([x.new_zeros(offset), x.flatten()])[offset:].view_as(x) for x in (weight, rotation)
+        )
+        pages = torch.zeros(2, 3, 12, 5, 64).half()
+        slots = torch.tensor([[2, 0]], dtype=torch.int32)
+        out = ops.insert(k, v, weight, rotation, pages[0], pages[1], slots, q=q, q_weight=weight)
+        assert out is not None
+        results += [out, pages]
+    return results
 
 
 def run_retrieve() -> list[Tensor]:
@@ -47,19 +53,32 @@ def run_attend() -> list[Tensor]:
     return list(ops.attend(q, *pages, *tables, rotary.temporal_frequencies(64), return_lse=True))
 
 
+SM80 = "cuda/attend_sm80.cuh"
 FAULTS = {
-    "insert: no barrier in the sum over the block": (
-        run_insert, "core/reduce.cuh", "  __syncthreads();\n", "",
+    "insert: no barrier in the sum over the block": (run_insert, "core/reduce.cuh", "__syncthreads();", ""),
+    "insert: first rotated pair forgotten": (run_insert, "cuda/insert.cuh", "pair >= 0", "pair > 0"),
+    "insert: 16-byte loads of angles wherever they lie": (
+        run_insert,
+        "cuda/insert.cuh",
+        "wide_angles = a.pairs % 2 == 0 && is_aligned(a.rotation)",
+        "wide_angles = a.pairs % 2 == 0",
     ),
-    "insert: first rotated pair forgotten": (
-        run_insert, "cuda/insert.cuh", "pair >= 0", "pair > 0",
+    "insert: 16-byte loads of weights wherever they lie": (
+        run_insert,
+        "cuda/insert.cuh",
+        "wide_weight = is_aligned(tensor.weight)",
+        "wide_weight = true",
     ),
     "retrieve: wrong shuffle": (
-        run_retrieve, "core/topk.cuh", "__shfl_up_sync(kFullMask, entry[r], 1)",
+        run_retrieve,
+        "core/topk.cuh",
+        "__shfl_up_sync(kFullMask, entry[r], 1)",
         "__shfl_up_sync(kFullMask, entry[r], 2)",
     ),
     "retrieve: no barrier before lists of other warps are read": (
-        run_retrieve, "cuda/retrieve.cuh", "best.store(shared.lists[warp - half]);\n    __syncthreads();",
+        run_retrieve,
+        "cuda/retrieve.cuh",
+        "best.store(shared.lists[warp - half]); __syncthreads();",
         "best.store(shared.lists[warp - half]);",
     ),
     "retrieve: one key beyond the range": (
@@ -68,30 +87,34 @@ FAULTS = {
         "a.last[sample * a.last_stride], a.count)",
         "a.last[sample * a.last_stride] + 1, a.count)",
     ),
-    "retrieve: counter not set back": (
-        run_retrieve, "cuda/retrieve.cuh", "  if (lane == 0) a.finished_blocks[sample] = 0;\n", "",
+    "retrieve: counters not cleared": (
+        run_retrieve,
+        "cuda/retrieve.cu",
+        "clear(workspace, counter_bytes(a.batch), stream);",
+        "",
     ),
-    "attend: no barrier before K is read": (
-        run_attend, "cuda/attend_sm80.cuh", "    __syncthreads();  // K is there", "    // K is there",
-    ),
-    "attend: no barrier before V is read": (
-        run_attend, "cuda/attend_sm80.cuh", "    __syncthreads();  // V is there", "    // V is there",
-    ),
+    "attend: no barrier before K is read": (run_attend, SM80, "__syncthreads();  // K is there", "// K is there"),
+    "attend: no barrier before V is read": (run_attend, SM80, "__syncthreads();  // V is there", "// V is there"),
     "attend: V not waited for": (
-        run_attend, "cuda/attend_sm80.cuh", "    ptx::cp_async_wait<0>();\n    __syncthreads();  // V is there",
-        "    __syncthreads();  // V is there",
+        run_attend,
+        SM80,
+        "ptx::cp_async_wait<0>(); __syncthreads();  // V is there",
+        "__syncthreads();  // V is there",
     ),
     "attend: query rows not waited for": (
-        run_attend, "cuda/attend_sm80.cuh", "  __syncwarp();  // the warp's query rows", "  // the warp's query rows",
+        run_attend,
+        SM80,
+        "__syncwarp();  // the warp's query rows",
+        "// the warp's query rows",
     ),
     "attend: wrong shuffle": (
-        run_attend, "cuda/attend_sm80.cuh", "__shfl_xor_sync(kFullMask, maximum, 2)",
-        "__shfl_xor_sync(kFullMask, maximum, 4)",
+        run_attend,
+        "core/reduce.cuh",
+        "return fmaxf(value, __shfl_xor_sync(kFullMask, value, 2))",
+        "return fmaxf(value, __shfl_xor_sync(kFullMask, value, 4))",
     ),
-    "attend: one token beyond the frame": (
-        run_attend, "cuda/attend_sm80.cuh", ">= tokens_left", "> tokens_left",
-    ),
-}  # fmt: skip
+    "attend: one token beyond the frame": (run_attend, SM80, ">= tokens_left", "> tokens_left"),
+}
 
 
 def agrees(run: Callable[[], list[Tensor]], *edits: emulated.Edit) -> bool:

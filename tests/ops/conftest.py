@@ -1,5 +1,5 @@
 """Every contract test runs over every backend there is: the PyTorch reference, the CUDA kernels emulated on the CPU
-(under both schedules), and the CUDA kernels on a GPU."""
+(under both schedules; attend also as on Hopper), and the CUDA kernels on a GPU."""
 
 from __future__ import annotations
 
@@ -11,8 +11,27 @@ import torch
 from longlive_rag.native import cuda_status
 from support import emulated
 
+CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
+EVERYWHERE = ["reference", "emulated", "emulated-reverse", CUDA]
+HOPPER = ["emulated-sm90", "emulated-sm90-reverse"]
+"""Where frames have fewer tokens than the kernel for Hopper takes, these run the other one, as a GPU does."""
 
-@pytest.fixture(params=["reference", "emulated", "emulated-reverse", pytest.param("cuda", marks=pytest.mark.cuda)])
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test marked cuda, for which the emulator is too slow, runs on a GPU only."""
+    chosen = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "device" not in metafunc.fixturenames or "device" in chosen:
+        return
+    if metafunc.definition.get_closest_marker("cuda"):
+        backends = [CUDA]
+    elif metafunc.module.__name__.endswith("test_attend"):
+        backends = [*EVERYWHERE, *HOPPER]
+    else:
+        backends = EVERYWHERE
+    metafunc.parametrize("device", backends, indirect=True)
+
+
+@pytest.fixture
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     """The device whose tensors get the backend under test."""
     if request.param == "cuda":
@@ -23,8 +42,8 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     elif request.param == "reference":
         yield torch.device("cpu")
     else:
-        monkeypatch.setenv("SIMT_ORDER", request.param.partition("-")[2])
-        with emulated.backend(emulated.build()):
+        monkeypatch.setenv("SIMT_ORDER", "reverse" if request.param.endswith("reverse") else "forward")
+        with emulated.backend(emulated.build(), hopper="sm90" in request.param):
             yield torch.device("cpu")
 
 

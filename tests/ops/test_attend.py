@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,85 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longlive_rag import ops, rotary
+from support.attend_cases import Case, exact, make_case
 
 HALF = [torch.float16, torch.bfloat16]
 Same = Callable[[Tensor, Tensor], None]
-
-
-class Case(NamedTuple):
-    """Arguments of `ops.attend`, in its order."""
-
-    q: Tensor
-    k_pages: Tensor
-    v_pages: Tensor
-    slots: Tensor
-    positions: Tensor
-    query_position: Tensor
-    frequencies: Tensor
-
-
-def make_case(
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    batch: int = 1,
-    frames: int = 1,
-    tokens: int = 24,
-    heads: int = 1,
-    head_dim: int = 64,
-    entries: int = 2,
-    spare: int = 2,
-    pairs: int | None = None,
-    seed: int = 0,
-) -> Case:
-    """Random pages in random slots; unused table entries hold huge negative and positive integers, unused pages NaN."""
-    torch.manual_seed(seed)
-    pool = batch * entries + spare
-    k_pages, v_pages = (torch.full((pool, heads, tokens, head_dim), torch.nan) for _ in "kv")
-    slots = torch.randperm(pool)[: batch * entries].view(batch, entries)
-    for pages in (k_pages, v_pages):
-        pages[slots.flatten()] = torch.randn(batch * entries, heads, tokens, head_dim)
-    slots = torch.cat([slots, torch.full((batch, spare), -(2**31))], dim=1)
-    positions = torch.cat([torch.randint(0, 30, (batch, entries)), torch.full((batch, spare), 2**31 - 1)], dim=1)
-    order = torch.randperm(slots.shape[1])
-    frequencies = rotary.temporal_frequencies(head_dim) if pairs is None else torch.rand(pairs, dtype=torch.float64)
-    return Case(
-        torch.randn(batch, frames * tokens, heads, head_dim).to(device, dtype),
-        k_pages.to(device, dtype),
-        v_pages.to(device, dtype),
-        slots[:, order].int().to(device),
-        positions[:, order].int().to(device),
-        (30 + torch.arange(frames)).expand(batch, -1).int().to(device),
-        frequencies.to(device),
-    )
-
-
-def exact(case: Case, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp in float64: for each query frame the gathered keys, turned to where they stand from it."""
-    q, k_pages, v_pages, slots, positions, query_position, frequencies = (tensor.cpu() for tensor in case)
-    batch, length, heads, head_dim = q.shape
-    tokens, pairs = k_pages.shape[2], frequencies.shape[0]
-    scale = head_dim**-0.5 if scale is None else scale
-    out = torch.zeros(batch, length, heads, head_dim, dtype=torch.float64)
-    lse = torch.full((batch, length, heads), -torch.inf, dtype=torch.float64)
-    for b in range(batch):
-        used = slots[b] >= 0
-        if not used.any():
-            continue
-        pages = slots[b][used].long()
-        keys, values = (pool[pages].double().transpose(0, 1).flatten(1, 2) for pool in (k_pages, v_pages))
-        for f, position in enumerate(query_position[b].tolist()):
-            # Turning the key by its position less the query's is turning the query by the opposite.
-            angle = (positions[b][used].double() - position)[:, None] * frequencies
-            turn = torch.polar(torch.ones_like(angle), angle).repeat_interleave(tokens, dim=0)
-            complex_keys = torch.view_as_complex(keys.unflatten(-1, (-1, 2)).clone())
-            complex_keys[..., :pairs] *= turn
-            turned = torch.view_as_real(complex_keys).flatten(-2)
-            rows = slice(f * tokens, (f + 1) * tokens)
-            scores = torch.einsum("qhd,hkd->hqk", q[b, rows].double(), turned) * scale
-            out[b, rows] = torch.einsum("hqk,hkd->qhd", scores.softmax(dim=-1), values)
-            lse[b, rows] = scores.logsumexp(dim=-1).T
-    return out, lse
 
 
 def naive(case: Case) -> Tensor:
@@ -124,7 +48,7 @@ def check(case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_matches_float64(device: torch.device, dtype: torch.dtype) -> None:
-    check(make_case(device, dtype, batch=2, frames=3, tokens=24, heads=2, head_dim=64, entries=3))
+    check(make_case(device, dtype, batch=2, frames=3, tokens=72, heads=2, head_dim=64, entries=3))
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 63, 64, 65, 130])
@@ -143,7 +67,7 @@ def test_video_sizes(device: torch.device, tokens: int, dtype: torch.dtype) -> N
 @given(
     batch=st.integers(1, 2),
     frames=st.integers(1, 3),
-    tokens=st.integers(1, 70),
+    tokens=st.integers(1, 140),
     heads=st.integers(1, 2),
     head_dim=st.sampled_from([64, 128]),
     entries=st.integers(1, 3),
@@ -180,7 +104,7 @@ def test_any_shape(
 
 
 def test_log_sum_exp(device: torch.device) -> None:
-    case = make_case(device, torch.bfloat16, batch=2, frames=2, tokens=33, heads=2)
+    case = make_case(device, torch.bfloat16, batch=2, frames=2, tokens=66, heads=2)
     out, lse = ops.attend(*case, return_lse=True)
     assert lse.dtype == torch.float32 and torch.equal(out, ops.attend(*case))
     torch.testing.assert_close(lse.double().cpu(), exact(case)[1], rtol=0, atol=4e-3)
@@ -194,15 +118,8 @@ def test_scale(device: torch.device) -> None:
 
 def test_slots_may_be_anywhere(device: torch.device, assert_same: Same) -> None:
     """The same pages elsewhere in the pool, and more unused entries: the same bits."""
-    case = make_case(device, torch.bfloat16, batch=2, tokens=40, entries=3)
-    pool = case.k_pages.shape[0]
-    where = torch.randperm(pool, device=device)
-    k_pages, v_pages = torch.empty_like(case.k_pages), torch.empty_like(case.v_pages)
-    k_pages[where], v_pages[where] = case.k_pages, case.v_pages
-    slots = torch.where(case.slots >= 0, where[case.slots.clamp(min=0).long()].int(), -7)
-    slots = torch.nn.functional.pad(slots, (1, 2), value=-1)
-    positions = torch.nn.functional.pad(case.positions, (1, 2), value=2**31 - 1)
-    moved = case._replace(k_pages=k_pages, v_pages=v_pages, slots=slots, positions=positions)
+    case = make_case(device, torch.bfloat16, batch=2, tokens=100, entries=3)
+    moved = case.with_pages_moved().with_unused_entries(1, 5)
     assert_same(ops.attend(*moved), ops.attend(*case))
 
 
@@ -218,17 +135,15 @@ def test_pools_at_any_address(device: torch.device) -> None:
 
 
 def test_repeats_bit_for_bit(device: torch.device) -> None:
-    case = make_case(device, torch.bfloat16, frames=2, tokens=40, entries=3)
+    case = make_case(device, torch.bfloat16, frames=2, tokens=100, entries=3)
     assert torch.equal(ops.attend(*case), ops.attend(*case))
 
 
 def test_a_sample_does_not_depend_on_its_batch(device: torch.device, assert_same: Same) -> None:
-    case = make_case(device, torch.float16, batch=3, tokens=20, heads=2)
+    case = make_case(device, torch.float16, batch=3, tokens=100, heads=2)
     together = ops.attend(*case)
     for b in range(3):
-        pools = (case.k_pages, case.v_pages)
-        one = Case(case.q[b : b + 1], *pools, *(table[b : b + 1] for table in case[3:6]), case.frequencies)
-        assert_same(ops.attend(*one), together[b : b + 1])
+        assert_same(ops.attend(*case.sample(b)), together[b : b + 1])
 
 
 def test_without_pages(device: torch.device) -> None:
@@ -241,6 +156,23 @@ def test_without_pages(device: torch.device) -> None:
     assert (ops.attend(*empty) == 0).all()
 
 
+@pytest.mark.parametrize("tokens", [24, 80])
+def test_without_a_pool(device: torch.device, tokens: int) -> None:
+    """No pages are no entries, whatever the table says."""
+    case = make_case(device, torch.bfloat16, tokens=tokens)
+    case = case._replace(k_pages=case.k_pages[:0], v_pages=case.v_pages[:0])
+    out, lse = ops.attend(*case, return_lse=True)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize("tokens", [24, 80])
+@pytest.mark.parametrize("empty", [{"batch": 0}, {"frames": 0}, {"heads": 0}])
+def test_without_queries(device: torch.device, empty: dict[str, int], tokens: int) -> None:
+    case = make_case(device, torch.bfloat16, tokens=tokens, **empty)
+    out, lse = ops.attend(*case, return_lse=True)
+    assert out.shape == case.q.shape and out.numel() == 0 and lse.shape == case.q.shape[:3]
+
+
 def test_large_scores(device: torch.device) -> None:
     """Scores in the thousands, where a softmax that did not take the maximum off would overflow."""
     case = make_case(device, torch.bfloat16, tokens=70, entries=2)
@@ -249,9 +181,21 @@ def test_large_scores(device: torch.device) -> None:
     assert (got.double().cpu() - expected).norm() <= 0.02 * expected.norm()
 
 
+def test_a_nan_stays_one(device: torch.device) -> None:
+    """In a query row: its output and log-sum-exp are NaN, not those of an empty row; others do not change."""
+    case = make_case(device, torch.bfloat16, heads=2)
+    whole, whole_lse = ops.attend(*case, return_lse=True)
+    case.q[0, 5, 1, 3] = torch.nan
+    out, lse = ops.attend(*case, return_lse=True)
+    assert out[0, 5, 1].isnan().all() and lse[0, 5, 1].isnan()
+    whole[0, 5, 1], whole_lse[0, 5, 1] = torch.nan, torch.nan
+    torch.testing.assert_close(out, whole, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(lse, whole_lse, rtol=0, atol=0, equal_nan=True)
+
+
 def test_positions_an_hour_in(device: torch.device) -> None:
     """Only the difference of positions counts, also where float32 angles would have lost a milliradian."""
-    case = make_case(device, torch.float16, tokens=20, entries=2, pairs=8)
+    case = make_case(device, torch.float16, tokens=80, entries=2, pairs=8)
     later = case._replace(positions=case.positions + 14400, query_position=case.query_position + 14400)
     assert torch.equal(ops.attend(*later), ops.attend(*case))
     far = case._replace(query_position=case.query_position + 14400)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -27,6 +31,16 @@ def capture(call: object) -> torch.cuda.CUDAGraph:
     return graph
 
 
+@contextlib.contextmanager
+def without_synchronisation() -> Iterator[None]:
+    """What waits for the device raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_retrieval_reaches_attention_on_the_device() -> None:
     """Search, page table and attention in one graph; new keys and a new range give what eager calls give."""
     heads, tokens, head_dim, frames = 2, 30, 128, 20
@@ -46,7 +60,8 @@ def test_retrieval_reaches_attention_on_the_device() -> None:
 
     def step() -> None:
         inverse_norms.copy_(1 / keys.norm(dim=-1))
-        ops.retrieve(query, keys, inverse_norms, first, last, 4, frame_slots=frame_slots, slots=table)
+        found, _ = ops.retrieve(query, keys, inverse_norms, first, last, 4)
+        table.copy_(frame_slots.gather(1, found.clamp(min=0).long()).masked_fill(found < 0, -1))
         out.copy_(ops.attend(q, pages[0], pages[1], table, positions, query_position, rotation))
 
     graph = capture(step)
@@ -96,9 +111,8 @@ def test_a_block_is_captured_once_and_replayed_for_the_next() -> None:
                 graph = capture(passes)
                 graph.replay()
             else:
-                torch.cuda.set_sync_debug_mode("error")
-                graph.replay()
-                torch.cuda.set_sync_debug_mode("default")
+                with without_synchronisation():
+                    graph.replay()
             memory.commit(latents)
             flows.append(flow.clone())
         assert memory.retrieved
@@ -118,10 +132,42 @@ def test_a_block_begins_without_waiting_for_the_device() -> None:
     q = torch.randn(2, 3, 6, 2, 64, device=CUDA).bfloat16()
     latents = torch.randn(2, 3, 16, 4, 6, device=CUDA)
     for start in range(0, 36, 3):
-        if start == 24:
-            torch.cuda.set_sync_debug_mode("error")
-        memory.begin_block(start, 3)
-        memory.attend(0, q, q, q)
-        memory.commit(latents)
-    torch.cuda.set_sync_debug_mode("default")
+        with without_synchronisation() if start >= 24 else contextlib.nullcontext():
+            memory.begin_block(start, 3)
+            memory.attend(0, q, q, q)
+            memory.commit(latents)
     assert memory.retrieved[-1].frames
+
+
+@torch.no_grad()
+def test_retrieve_in_cuda_graphs_made_by_the_compiler() -> None:
+    """Nothing of one call outlives it: the compiler's memory pool refuses tensors that it does not know."""
+    keys = torch.randn(1, 200, 64, device=CUDA)
+    inverse_norms = 1 / keys.norm(dim=-1)
+    first, last = (torch.tensor(bound, dtype=torch.int32, device=CUDA) for bound in (0, 200))
+
+    def search(query: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.retrieve(query, keys, inverse_norms, first, last, 6)
+
+    compiled = torch.compile(search, mode="reduce-overhead", fullgraph=True)
+    for index in range(5):
+        query = keys[:, index].clone()
+        torch.compiler.cudagraph_mark_step_begin()
+        indices = compiled(query)[0].clone()
+        assert torch.equal(indices, search(query)[0]) and indices[0, 0] == index
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_second_device_from_a_new_thread() -> None:
+    """The device of the tensors counts, not the one that the thread thinks current."""
+    results = []
+
+    def search() -> None:
+        device = torch.device("cuda", 1)
+        keys = torch.randn(1, 200, 64, device=device)
+        results.append(ops.retrieve(keys[:, 5], keys, 1 / keys.norm(dim=-1), 0, 200, 1)[0].item())
+
+    thread = threading.Thread(target=search)
+    thread.start()
+    thread.join()
+    assert results == [5]

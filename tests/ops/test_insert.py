@@ -140,6 +140,41 @@ def test_pools_at_any_address(device: torch.device) -> None:
     assert torch.equal(moved, pages)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pairs", [19, 20])
+def test_weight_and_rotation_at_any_address(device: torch.device, dtype: torch.dtype, pairs: int) -> None:
+    """Views that begin in the middle of a 16-byte word give what their copies give."""
+    torch.manual_seed(2)
+    k = torch.randn(1, 1, 3, 2, 64).to(device, dtype)
+    slots = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    weight, rotation = torch.rand(128).to(device, dtype), rotation_table(3, pairs).to(device)
+    pages = [poisoned(1, 2, 3, 64, dtype=dtype, device=device) for _ in range(4)]
+    ops.insert(k, k, weight, rotation, pages[0], pages[1], slots)
+    weight, rotation = (torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x) for x in (weight, rotation))
+    ops.insert(k, k, weight, rotation, pages[2], pages[3], slots)
+    assert torch.equal(pages[0], pages[2])
+
+
+@pytest.mark.parametrize("shape", [(0, 1, 4, 2, 64), (1, 0, 4, 2, 64), (1, 1, 4, 0, 64)])
+def test_nothing_to_insert(device: torch.device, shape: tuple[int, ...]) -> None:
+    batch, frames, tokens, heads, head_dim = shape
+    k = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+    pages = poisoned(2, 1, heads, tokens, head_dim, dtype=k.dtype, device=device)
+    slots = torch.zeros(batch, frames, dtype=torch.int32, device=device)
+    out = ops.insert(k, k, None, torch.zeros(tokens, 0, 2, device=device), *pages, slots, q=k)
+    assert out is not None and out.shape == (batch, frames * tokens, heads, head_dim) and pages.isnan().all()
+
+
+def test_heads_of_no_dimension(device: torch.device) -> None:
+    """The operation itself, whose caller checks strides that such a tensor has not."""
+    k = torch.zeros(1, 1, 4, 2, 0, dtype=torch.bfloat16, device=device)
+    pages = torch.zeros(2, 1, 2, 4, 0, dtype=k.dtype, device=device)
+    slots = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    rotation = torch.zeros(4, 0, 2, device=device)
+    out = torch.ops.longlive_rag.insert(k, k, None, rotation, pages[0], pages[1], slots, EPS, k, None)
+    assert out.shape == (1, 4, 2, 0)
+
+
 def test_a_frame_does_not_depend_on_its_batch(
     device: torch.device, assert_same: Callable[[Tensor, Tensor], None]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
@@ -48,7 +49,7 @@ def attend_arguments(device: str = "cpu") -> dict[str, Any]:
         "slots": torch.tensor([[0, 3, -1, 8], [7, 2, 5, 1]], dtype=torch.int32, device=device),
         "positions": torch.randint(0, 12, (B, N), dtype=torch.int32, device=device),
         "query_position": torch.tensor([[9, 10, 11]] * B, dtype=torch.int32, device=device),
-        "rotation": rotary.temporal_frequencies(D, device),
+        "frequencies": rotary.temporal_frequencies(D, device),
         "scale": 0.25,
     }
 
@@ -56,32 +57,47 @@ def attend_arguments(device: str = "cpu") -> dict[str, Any]:
 ARGUMENTS = {"insert": insert_arguments, "retrieve": retrieve_arguments, "attend": attend_arguments}
 
 
+# Every form of each schema: what is optional present and absent.
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "insert": ("insert", {}),
+    "insert without queries": ("insert", {"q": None, "q_weight": None}),
+    "insert without weights": ("insert", {"k_weight": None, "q_weight": None}),
+    "retrieve": ("retrieve", {}),
+    "attend": ("attend", {"lse": False}),
+    "attend with lse": ("attend", {"lse": True}),
+}
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+@pytest.mark.parametrize("form", list(FORMS))
+def test_opcheck(form: str, device: str) -> None:
+    name, change = FORMS[form]
+    arguments = {**ARGUMENTS[name](device), **change}
+    torch.library.opcheck(getattr(torch.ops.longlive_rag, name).default, tuple(arguments.values()))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize(
-    "name", ["insert", "insert_with_query", "retrieve", "retrieve_into", "attend", "attend_with_lse"]
+    ("name", "change"),
+    [
+        ("insert", {}),
+        ("insert", {"q": None, "q_weight": None}),
+        ("retrieve", {}),
+        ("attend", {}),
+        ("attend", {"return_lse": True}),
+    ],
 )
-def test_opcheck(name: str, device: str) -> None:
-    arguments = ARGUMENTS[name.partition("_")[0]](device)
-    if name.startswith("insert"):
-        query = [arguments.pop("q"), arguments.pop("q_weight")]
-        positional = [*query, *arguments.values()] if name == "insert_with_query" else list(arguments.values())
-    else:
-        positional = list(arguments.values())
-    if name == "retrieve_into":
-        frame_slots = torch.arange(B * 20, dtype=torch.int32, device=device).view(B, 20)
-        positional += [frame_slots, torch.zeros(B, arguments["k"], dtype=torch.int32, device=device)]
-    torch.library.opcheck(getattr(torch.ops.longlive_rag, name).default, tuple(positional))
-
-
-@pytest.mark.parametrize("name", list(ARGUMENTS))
-def test_compiles_whole(name: str) -> None:
-    operation, arguments = getattr(ops, name), ARGUMENTS[name]()
+def test_compiles_whole(name: str, change: dict[str, Any], backend: str) -> None:
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor needs a C++ compiler")
+    torch.compiler.reset()
+    operation, arguments = getattr(ops, name), {**ARGUMENTS[name](), **change}
 
     def run(**given: Any) -> Any:
         return operation(**given), given.get("k_pages")
 
     eager = run(**{key: value.clone() if isinstance(value, Tensor) else value for key, value in arguments.items()})
-    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)(**arguments)
+    compiled = torch.compile(run, backend=backend, fullgraph=True)(**arguments)
     torch.testing.assert_close(compiled, eager)
 
 
@@ -114,7 +130,7 @@ def test_compiles_whole(name: str) -> None:
         ("attend", {"positions": torch.zeros(B, 3, dtype=torch.int32)}, ValueError, r"positions must be \[B, N\]"),
         ("attend", {"query_position": torch.zeros(B, 1, dtype=torch.int32)}, ValueError, r"query_position must be"),
         ("attend", {"slots": torch.zeros(B, N).long()}, TypeError, "attend: slots must be int32, got int64"),
-        ("attend", {"rotation": torch.zeros(9).double()}, ValueError, "rotation turns 9 pairs, but a head of 16 has 8"),
+        ("attend", {"frequencies": torch.zeros(9).double()}, ValueError, "frequencies turns 9 pairs, but a head of 16"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_named(name: str, change: dict[str, Any], error: type[Exception], message: str) -> None:

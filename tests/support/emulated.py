@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib
 import importlib.util
 import os
 import re
@@ -25,6 +24,8 @@ from unittest import mock
 import pytest
 import torch
 
+from longlive_rag.ops._library import CUDA_IMPLEMENTATIONS
+
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 CACHE = CSRC.parent / "build" / "emulated"
 FLAGS = [
@@ -33,18 +34,9 @@ FLAGS = [
     '-DLONGLIVE_RAG_CUDA_ARCHITECTURES="host"',
     "-DLONGLIVE_RAG_SM90",
 ]
-# The operators of torch.ops.longlive_rag that have a kernel, and the function of longlive_rag.ops that launches it.
-OPERATORS = {
-    "insert": ("insert", "_cuda_insert"),
-    "insert_with_query": ("insert", "_cuda_insert_with_query"),
-    "retrieve": ("retrieve", "_cuda_retrieve"),
-    "retrieve_into": ("retrieve", "_cuda_retrieve_into"),
-    "attend": ("attend", "_cuda_attend"),
-    "attend_with_lse": ("attend", "_cuda_attend_with_lse"),
-}
-
 Edit = tuple[str, str, str]
-"""A file below csrc, a text that occurs in it exactly once, and what stands there instead."""
+"""A file below csrc, a text that occurs in it exactly once, however it is broken into lines, and what stands there
+instead."""
 
 
 @functools.cache
@@ -79,27 +71,34 @@ def program(name: str, source: str) -> Path:
 
 
 @contextlib.contextmanager
-def backend(module: ModuleType) -> Iterator[list[str]]:
-    """Let `longlive_rag.ops` run on CPU tensors with the emulated kernels. Yields the list of calls so far."""
+def backend(module: ModuleType, hopper: bool = False) -> Iterator[list[str]]:
+    """Let `longlive_rag.ops` run on CPU tensors with the emulated kernels, on a GPU for sm_80 or on Hopper. Yields the
+    list of calls so far."""
     calls: list[str] = []
 
-    def call(function: str, device: torch.device, *arguments: object) -> object:
-        calls.append(function)
-        return getattr(module, function)(*arguments)
+    class Recorded:
+        def __getattr__(self, name: str) -> object:
+            calls.append(name)
+            return getattr(module, name)
 
-    library = torch.library.Library("longlive_rag", "IMPL")
-    for operator, (name, function) in OPERATORS.items():
-        library.impl(operator, getattr(importlib.import_module(f"longlive_rag.ops.{name}"), function), "CPU")
+    recorded, library = Recorded(), torch.library.Library("longlive_rag", "IMPL")
+    for operation, implementation in CUDA_IMPLEMENTATIONS.items():
+        library.impl(operation, implementation, "CPU")
     try:
         with (
-            mock.patch("longlive_rag.ops._cuda.call", call),
-            mock.patch("longlive_rag.ops._cuda.stream", lambda device: 0),
-            mock.patch.dict("longlive_rag.ops._cuda._counters"),
-            mock.patch("torch.cuda.is_current_stream_capturing", lambda: False),
+            mock.patch("longlive_rag.native.kernels_on", lambda device: recorded),
+            mock.patch("longlive_rag.ops._cuda.queue", lambda device: (0, 0)),
+            mock.patch("longlive_rag.ops._cuda.workspace", _poisoned),
+            mock.patch.dict(os.environ, SIMT_CAPABILITY="90" if hopper else "80"),
         ):
             yield calls
     finally:
         library._destroy()
+
+
+def _poisoned(size: int, like: torch.Tensor) -> torch.Tensor | None:
+    """A workspace of NaN and -1, since nothing promises zeros."""
+    return torch.full((size,), 0xFF, dtype=torch.uint8) if size else None
 
 
 def _compiler() -> list[str]:
@@ -114,8 +113,11 @@ def _edited(edits: tuple[Edit, ...]) -> Path:
     shutil.copytree(CSRC, target, dirs_exist_ok=True)
     for file, old, new in edits:
         text = (target / file).read_text()
-        assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in csrc/{file}, expected once"
-        (target / file).write_text(text.replace(old, new))
+        pattern = r"\s*".join(map(re.escape, re.findall(r"\w+|[^\w\s]", old)))
+        found = [match.span() for match in re.finditer(pattern, text)]
+        assert len(found) == 1, f"{old!r} stands {len(found)} times in csrc/{file}, expected once"
+        begin, end = found[0]
+        (target / file).write_text(text[:begin] + new + text[end:])
     return target
 
 

@@ -1,6 +1,9 @@
 // Asynchronous copies from global to shared memory (sm_80).
 #pragma once
-#include "cuda/platform.cuh"
+#include "core/platform.cuh"
+#ifndef __CUDACC__
+#include "emulator/ampere.h"
+#endif
 
 namespace longlive::ptx {
 
@@ -12,13 +15,7 @@ __device__ __forceinline__ void cp_async_16(void* shared, const void* global, bo
                "r"(valid ? 16 : 0)
                : "memory");
 #elif !defined(__CUDACC__)
-  std::memset(shared, simt::kPoison, 16);
-  simt::current_thread().copies.post([=] {
-    if (valid)
-      std::memcpy(shared, global, 16);
-    else
-      std::memset(shared, 0, 16);
-  });
+  simt::cp_async_16(shared, global, valid);
 #endif
 }
 

@@ -25,7 +25,7 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 #endif
 }
 
-// log2(x) and 1 / x to a few units in the last place, for normal x: the sums of a softmax are at least 1.
+// log2(x) to a few units in the last place, for normal x: the sums of a softmax are at least 1.
 __device__ __forceinline__ float log2_approximate(float x) {
 #ifdef __CUDA_ARCH__
   float y;
@@ -33,16 +33,6 @@ __device__ __forceinline__ float log2_approximate(float x) {
   return y;
 #else
   return std::log2(x);
-#endif
-}
-
-__device__ __forceinline__ float reciprocal_approximate(float x) {
-#ifdef __CUDA_ARCH__
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return 1.0f / x;
 #endif
 }
 

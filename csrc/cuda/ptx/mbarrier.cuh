@@ -1,6 +1,6 @@
 // Barriers in shared memory that count threads and bytes (sm_90).
 #pragma once
-#include "cuda/platform.cuh"
+#include "core/platform.cuh"
 #ifndef __CUDACC__
 #include "emulator/hopper.h"
 #endif

@@ -2,7 +2,10 @@
 #pragma once
 #include <type_traits>
 
-#include "core/scalar.cuh"
+#include "core/platform.cuh"
+#ifndef __CUDACC__
+#include "emulator/ampere.h"
+#endif
 
 namespace longlive::ptx {
 
@@ -25,34 +28,7 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #elif !defined(__CUDACC__)
-  struct Operands {
-    float (&c)[4];
-    const uint32_t (&a)[4];
-    uint32_t b[2];
-  } mine{c, a, {b0, b1}};
-  simt::collective<simt::kWarp>("mma", mine, [](Operands* const* lanes) {
-    float a[16][16], b[16][8];
-    for (int lane = 0; lane < 32; ++lane) {
-      const int g = lane / 4, t = lane % 4;
-      for (int i = 0; i < 4; ++i) {
-        const float2 pair = unpack2<T>(lanes[lane]->a[i]);
-        a[g + i % 2 * 8][2 * t + i / 2 * 8] = pair.x;
-        a[g + i % 2 * 8][2 * t + i / 2 * 8 + 1] = pair.y;
-      }
-      for (int i = 0; i < 2; ++i) {
-        const float2 pair = unpack2<T>(lanes[lane]->b[i]);
-        b[2 * t + 8 * i][g] = pair.x;
-        b[2 * t + 8 * i + 1][g] = pair.y;
-      }
-    }
-    for (int lane = 0; lane < 32; ++lane)
-      for (int i = 0; i < 4; ++i) {
-        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-        float sum = lanes[lane]->c[i];
-        for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
-        lanes[lane]->c[i] = sum;
-      }
-  });
+  simt::mma_m16n8k16<T>(c, a, b0, b1);
 #endif
 }
 
@@ -74,19 +50,7 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
                  : "r"(address)
                  : "memory");
 #elif !defined(__CUDACC__)
-  struct Operands {
-    uint32_t (&r)[4];
-    const uint16_t* row;
-  } mine{r, static_cast<const uint16_t*>(row)};
-  simt::collective<simt::kWarp>("ldmatrix", mine, [](Operands* const* lanes) {
-    for (int lane = 0; lane < 32; ++lane)
-      for (int m = 0; m < 4; ++m) {
-        const int g = lane / 4, t = lane % 4;
-        const auto element = [&](int i, int j) -> uint32_t { return lanes[8 * m + i]->row[j]; };
-        lanes[lane]->r[m] = kTransposed ? element(2 * t, g) | element(2 * t + 1, g) << 16
-                                        : element(g, 2 * t) | element(g, 2 * t + 1) << 16;
-      }
-  });
+  simt::ldmatrix_x4<kTransposed>(r, static_cast<const uint16_t*>(row));
 #endif
 }
 

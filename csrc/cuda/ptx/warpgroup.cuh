@@ -1,6 +1,6 @@
 // What warpgroups arrange among each other: registers and named barriers (sm_90a).
 #pragma once
-#include "cuda/platform.cuh"
+#include "core/platform.cuh"
 
 namespace longlive::ptx {
 

@@ -1,4 +1,4 @@
-"""attend on Hopper, every variant of its kernel: more sizes, key tiles and consumers, and what the rotation costs.
+"""attend on Hopper, every variant of its kernel: more sizes, key tiles, and what the rotation costs.
 
 `tests/kernels/test_attend_variants.py` shows on the same GPU that each variant is right.
 """
@@ -15,8 +15,8 @@ from longlive_rag import ops
 from longlive_rag.bench import attend
 from longlive_rag.bench.attend import WAN_1_3B, WAN_14B, Arguments, Sizes
 from longlive_rag.bench.common import Call, Case, Machine, Row
-from longlive_rag.ops._cuda import DTYPE_CODES
-from longlive_rag.ops.attend import _launch_sm80, _launch_sm90, _Sizes
+from longlive_rag.native import kernels_on
+from longlive_rag.ops.attend import launch as launch_kernel
 
 
 class Variant(NamedTuple):
@@ -26,15 +26,13 @@ class Variant(NamedTuple):
     """"sm80" or "sm90"."""
     key_tile: int = 0
     """Of the Hopper kernel; zero: as it chooses."""
-    consumers: int = 0
-    """Warpgroups of the Hopper kernel that compute; zero: as it chooses."""
 
     def __str__(self) -> str:
-        return "sm_80 kernel" if self.kernel == "sm80" else f"tile {self.key_tile}, {self.consumers} consumers"
+        return "sm_80 kernel" if self.kernel == "sm80" else f"tile {self.key_tile}"
 
 
 SM80 = Variant("sm80")
-VARIANTS = [Variant("sm90", tile, consumers) for tile, consumers in ((112, 2), (128, 2), (144, 2), (176, 2), (112, 3))]
+VARIANTS = [Variant("sm90", tile) for tile in (112, 128, 144, 176)]
 FIGURES = [
     Sizes(12, 128, tokens, frames, 12, batch)
     for tokens in (880, 1024, 3600)
@@ -89,10 +87,7 @@ def _run_variant(variant: Variant, data: list[Arguments], index: int) -> Tensor:
 
 def launch(variant: Variant, arguments: Arguments, out: Tensor, lse: Tensor) -> None:
     """Run one variant into `out` [B, L, H, D] and `lse` float32 [B, L, H]."""
-    tokens, entries, pairs = arguments.k_pages.shape[2], arguments.slots.shape[1], arguments.frequencies.shape[0]
-    sizes = _Sizes((*out.shape, tokens, entries, pairs), DTYPE_CODES[out.dtype])
-    scale = out.shape[3] ** -0.5
-    if variant.kernel == "sm80":
-        _launch_sm80([*arguments, out, lse], sizes, scale)
-    else:
-        _launch_sm90([*arguments, out, lse], sizes, scale, variant.key_tile, variant.consumers)
+    extension = kernels_on(out.device)
+    assert extension is not None
+    options = extension.AttendOptions(kernel=variant.kernel, key_tile=variant.key_tile)
+    launch_kernel(extension, out, lse, *arguments, out.shape[3] ** -0.5, options)

@@ -47,7 +47,7 @@ class Info:
     def run(self) -> int:
         import torch
 
-        from longlive_rag.native import cuda_status, kernels
+        from longlive_rag.native import cuda_status, driver_is_too_old
 
         status = cuda_status()
         if self.json:
@@ -61,10 +61,7 @@ class Info:
             print(f"GPU            {torch.cuda.get_device_name()}")
         else:
             print(f"GPU            not used: {status.reason}")
-            if kernels() is None or not torch.cuda.is_available():
-                print("               The PyTorch implementation is used instead; it gives the same results.")
-            else:
-                print("               The PyTorch implementation can be used on the CPU.")
+            print("               The PyTorch implementation is used instead; it gives the same results.")
         missing = [package for package in EXTRAS if importlib.util.find_spec(package) is None]
         print(f"extras         {'not installed: ' + ', '.join(missing) if missing else 'all installed'}")
 
@@ -75,7 +72,7 @@ class Info:
                     importable=importlib.util.find_spec("longlive_rag._C") is not None,
                     built=status.built,
                     torch_has_cuda=torch.version.cuda is not None,
-                    driver_fits=kernels() is not None,
+                    driver_fits=not driver_is_too_old(),
                     capability=torch.cuda.get_device_capability() if torch.cuda.is_available() else None,
                 ),
                 Step("The demo runs on the CPU, in a few minutes:", "longlive-rag demo --output demo"),

@@ -1,50 +1,121 @@
-"""The `torch.library` namespace of the package, and the checks that all operations share."""
+"""How an operation is registered with `torch.library`, and the checks that all operations share."""
 
 from __future__ import annotations
 
-from torch import Tensor, bfloat16, float16, float32, float64, is_grad_enabled
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, bfloat16, float16, float32, float64
 from torch.library import Library
 
+from longlive_rag import native
+
 LIBRARY = Library("longlive_rag", "DEF")
+
+CUDA_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+"""What each operation does with tensors of a device that may have kernels."""
 
 FLOATING = (float32, float16, bfloat16, float64)
 
 
-def check_tensors(operation: str, **tensors: Tensor | None) -> None:
-    """Raise unless all are tensors of one device and none would need a gradient.
+def define(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    kernel: Callable[..., Any],
+    takes: Callable[..., bool],
+) -> torch._ops.OpOverload:
+    """Register an operation: the kernel where it runs and takes the arguments, else the reference.
 
-    Raises:
-        TypeError: an argument is not a tensor.
-        ValueError: devices differ, or a gradient would be lost: the operations are for inference only.
+    Args:
+        schema: as `torch.library.Library.define` reads it; the first argument is a tensor on the operation's device.
+        reference: the definition of the operation, in PyTorch.
+        fake: makes outputs of the right shape and dtype, without looking at data.
+        kernel: launches the CUDA kernel; gets the extension before the arguments.
+        takes: whether the kernel takes these arguments.
+
+    Returns:
+        The operation, to be called with the schema's arguments by position.
     """
-    device = None
+    name = schema.partition("(")[0]
+
+    def kernel_or_reference(*arguments: Any) -> Any:
+        extension = native.kernels_on(arguments[0].device)
+        if extension is None or not takes(*arguments):
+            return reference(*arguments)
+        return kernel(extension, *arguments)
+
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, kernel_or_reference, "CUDA")
+    torch.library.register_fake(f"longlive_rag::{name}", fake, lib=LIBRARY)
+    CUDA_IMPLEMENTATIONS[name] = kernel_or_reference
+    return getattr(torch.ops.longlive_rag, name).default
+
+
+def check_no_grad(operation: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError where a gradient would be lost: the operations are for inference only."""
     for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{operation}: {name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.requires_grad and is_grad_enabled():
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
             raise ValueError(
                 f"{operation}: {name} requires grad, but there is no backward; call it under torch.no_grad()"
             )
-        if device is None:
-            device, first = tensor.device, name
-        elif tensor.device != device:
+
+
+class Check:
+    """Checks of one operation's arguments, in microseconds: an operation is called twice per layer and pass.
+
+    Args:
+        operation: its name.
+        first: name of the argument that tells the device.
+    """
+
+    def __init__(self, operation: str, first: str) -> None:
+        self.operation, self.first = operation, first
+
+    def __call__(
+        self,
+        name: str,
+        tensor: Tensor,
+        device: torch.device | None,
+        dtypes: tuple[torch.dtype, ...],
+        form: str,
+        sizes: tuple[int | None, ...],
+    ) -> torch.Size:
+        """The shape of `tensor`.
+
+        Args:
+            device: None for the first argument.
+            form: the sizes in words.
+            sizes: None stands for any.
+
+        Raises:
+            TypeError: it is no tensor, or of none of the dtypes.
+            ValueError: its shape or its device is wrong.
+        """
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{self.operation}: {name} must be a tensor, got {type(tensor).__name__}")
+        shape = tensor.shape
+        if shape != sizes and not _fits(shape, sizes):
+            expected = ", ".join("any" if size is None else str(size) for size in sizes)
+            raise ValueError(f"{self.operation}: {name} must be {form} = [{expected}], got {list(shape)}")
+        if device is not None and tensor.device != device:
             raise ValueError(
-                f"{operation}: {name} is on {tensor.device}, but {first} is on {device}; expected one device"
+                f"{self.operation}: {name} is on {tensor.device}, but {self.first} is on {device}; expected one device"
             )
+        if tensor.dtype not in dtypes:
+            wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            got = str(tensor.dtype).removeprefix("torch.")
+            raise TypeError(f"{self.operation}: {name} must be {wanted}, got {got}")
+        return shape
 
 
-def check_dtype(operation: str, name: str, tensor: Tensor, *expected: object) -> None:
-    """Raise TypeError unless `tensor` has one of the expected dtypes."""
-    if tensor.dtype not in expected:
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in expected)
-        raise TypeError(f"{operation}: {name} must be {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
-
-
-def check_shape(operation: str, name: str, tensor: Tensor, form: str, *expected: int | None) -> None:
-    """Raise ValueError unless `tensor` has the expected sizes; None stands for any."""
-    shape = tensor.shape
-    if len(shape) != len(expected) or any(e is not None and s != e for s, e in zip(shape, expected, strict=True)):
-        sizes = ", ".join("any" if size is None else str(size) for size in expected)
-        raise ValueError(f"{operation}: {name} must be {form} = [{sizes}], got {list(shape)}")
+def _fits(shape: torch.Size, sizes: tuple[int | None, ...]) -> bool:
+    if len(shape) != len(sizes):
+        return False
+    for size, expected in zip(shape, sizes, strict=True):  # noqa: SIM110, a generator would take three times as long
+        if expected is not None and size != expected:
+            return False
+    return True

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any, Literal, NamedTuple, overload
+from types import ModuleType
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, float64, int32
 
-from longlive_rag import native
 from longlive_rag.ops import _cuda
-from longlive_rag.ops._library import FLOATING, LIBRARY, check_dtype, check_shape, check_tensors
+from longlive_rag.ops._library import FLOATING, Check, check_no_grad, define
 from longlive_rag.rotary import rotate_pairs
 
-_ARGUMENTS = (
-    "Tensor q, Tensor k_pages, Tensor v_pages, Tensor slots, Tensor positions, Tensor query_position, Tensor frequencies, "
-    "float scale"
-)
-LIBRARY.define(f"attend({_ARGUMENTS}) -> Tensor")
-LIBRARY.define(f"attend_with_lse({_ARGUMENTS}) -> (Tensor, Tensor)")
+_check = Check("attend", first="q")
 
 
 @overload
@@ -61,8 +55,8 @@ def attend(
     """Attention of F frames of queries over the pages that a table names, without gathering or rewriting them.
 
     A query frame f meets page n at the temporal distance ``query_position[f] - positions[n]``; scores are those of the
-    query whose first P pairs are turned by that distance times `frequencies`, against the key as stored. The softmax runs
-    over all tokens of all used pages of the sample.
+    query whose first P pairs are turned by that distance times `frequencies`, against the key as stored. The softmax
+    runs over all tokens of all used pages of the sample.
 
     Args:
         q: queries of F frames of T tokens, normalised and spatially rotated (`insert` returns them so), contiguous.
@@ -79,56 +73,33 @@ def attend(
         unused gets zeros (and -inf).
 
     Raises:
-        TypeError, ValueError: an argument has the wrong dtype, shape, device or layout.
+        TypeError, ValueError: an argument has the wrong dtype, shape, device or layout, or requires grad.
 
     Source: the identity of docs/architecture.md, "Positions"; LongLive-RAG (arXiv 2606.02553), section 3.
     """
-    _check(q, k_pages, v_pages, slots, positions, query_position, frequencies)
-    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"attend: scale must be positive and finite, got {scale}")
-    arguments = (q, k_pages, v_pages, slots, positions, query_position, frequencies, scale)
-    operation = torch.ops.longlive_rag.attend_with_lse if return_lse else torch.ops.longlive_rag.attend
-    return operation(*arguments)
-
-
-def _check(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    query_position: Tensor,
-    frequencies: Tensor,
-) -> None:
-    check_tensors(
-        "attend", q=q, k_pages=k_pages, v_pages=v_pages, slots=slots, positions=positions,
-        query_position=query_position, frequencies=frequencies,
-    )  # fmt: skip
-    check_dtype("attend", "q", q, *FLOATING)
-    check_shape("attend", "q", q, "[B, F * T, H, D]", None, None, None, None)
-    batch, length, heads, head_dim = q.shape
-    check_shape("attend", "k_pages", k_pages, "[S, H, T, D]", None, heads, None, head_dim)
-    pages, _, tokens, _ = k_pages.shape
-    check_shape("attend", "v_pages", v_pages, "[S, H, T, D]", pages, heads, tokens, head_dim)
-    check_dtype("attend", "k_pages", k_pages, q.dtype)
-    check_dtype("attend", "v_pages", v_pages, q.dtype)
+    if torch.is_grad_enabled():
+        check_no_grad("attend", q=q, k_pages=k_pages, v_pages=v_pages)
+    batch, length, heads, head_dim = _check("q", q, None, FLOATING, "[B, F * T, H, D]", (None,) * 4)
+    device, dtypes, pages_form = q.device, (q.dtype,), "[S, H, T, D]"
+    pages = _check("k_pages", k_pages, device, dtypes, pages_form, (None, heads, None, head_dim))
+    _check("v_pages", v_pages, device, dtypes, pages_form, pages)
     for name, tensor in (("q", q), ("k_pages", k_pages), ("v_pages", v_pages)):
         if not tensor.is_contiguous():
             raise ValueError(f"attend: {name} must be contiguous, got strides {list(tensor.stride())}")
+    tokens = pages[2]
     if tokens == 0 or length % tokens:
         raise ValueError(f"attend: q must hold whole frames of {tokens} tokens (k_pages), got {length} queries")
-    check_shape("attend", "slots", slots, "[B, N]", batch, None)
-    check_shape("attend", "positions", positions, "[B, N]", batch, slots.shape[1])
-    check_shape("attend", "query_position", query_position, "[B, F]", batch, length // tokens)
-    for name, table in (("slots", slots), ("positions", positions), ("query_position", query_position)):
-        check_dtype("attend", name, table, torch.int32)
-    check_dtype("attend", "frequencies", frequencies, torch.float64)
-    check_shape("attend", "frequencies", frequencies, "[P]", None)
-    if 2 * frequencies.shape[0] > head_dim:
-        raise ValueError(
-            f"attend: frequencies turns {frequencies.shape[0]} pairs, but a head of {head_dim} has {head_dim // 2}"
-        )
+    table = _check("slots", slots, device, (int32,), "[B, N]", (batch, None))
+    _check("positions", positions, device, (int32,), "[B, N]", table)
+    _check("query_position", query_position, device, (int32,), "[B, F]", (batch, length // tokens))
+    (pairs,) = _check("frequencies", frequencies, device, (float64,), "[P]", (None,))
+    if 2 * pairs > head_dim:
+        raise ValueError(f"attend: frequencies turns {pairs} pairs, but a head of {head_dim} has {head_dim // 2}")
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"attend: scale must be positive and finite, got {scale}")
+    out, lse = _attend(q, k_pages, v_pages, slots, positions, query_position, frequencies, scale, return_lse)
+    return (out, lse) if return_lse else out
 
 
 def _rotate_in_time(x: Tensor, position: Tensor, frequencies: Tensor) -> Tensor:
@@ -150,6 +121,8 @@ def _gather(
     """Queries [B, H, L, D], keys and values [B, H, N * T, D], turned to a common origin, and which keys are used."""
     wide = torch.promote_types(q.dtype, torch.float32)
     tokens = k_pages.shape[2]
+    if not len(k_pages):  # no entry can be used
+        slots, positions = slots[:, :0], positions[:, :0]
     used = slots >= 0
 
     def pages(pool: Tensor) -> Tensor:
@@ -175,67 +148,39 @@ def _reference(
     query_position: Tensor,
     frequencies: Tensor,
     scale: float,
-) -> Tensor:
-    queries, keys, values, mask = _gather(q, k_pages, v_pages, slots, positions, query_position, frequencies)
+    lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    if not q.numel():
+        return _fake(q, lse)
+    context = (k_pages, v_pages, slots, positions, query_position, frequencies)
+    queries, keys, values, mask = _gather(q, *context)
     out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
-    out = out.masked_fill(~mask.any(dim=-1, keepdim=True), 0)
-    return out.transpose(1, 2).to(q.dtype).contiguous()
-
-
-def _reference_with_lse(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    query_position: Tensor,
-    frequencies: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    context = (q, k_pages, v_pages, slots, positions, query_position, frequencies)
-    queries, keys, _, mask = _gather(*context)
+    out = out.masked_fill(~mask.any(dim=-1, keepdim=True), 0).transpose(1, 2).to(q.dtype).contiguous()
+    if not lse:
+        return out, None
     scores = (queries @ keys.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
-    lse = scores.logsumexp(dim=-1).transpose(1, 2).float().contiguous()
-    return _reference(*context, scale), lse
+    return out, scores.logsumexp(dim=-1).transpose(1, 2).float().contiguous()
 
 
-def _fake(q: Tensor, *context: object) -> Tensor:
-    return torch.empty_like(q)
+def _fake(q: Tensor, *context: Any) -> tuple[Tensor, Tensor | None]:
+    *_, lse = context
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32) if lse else None
 
 
-def _fake_with_lse(q: Tensor, *context: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-def _cuda_attend(q: Tensor, *context: Any) -> Tensor:
-    if not _has_kernel(q):
-        return _reference(q, *context)
-    out = torch.empty_like(q)
-    _launch(out, None, q, *context)
-    return out
-
-
-def _cuda_attend_with_lse(q: Tensor, *context: Any) -> tuple[Tensor, Tensor]:
-    if not _has_kernel(q):
-        return _reference_with_lse(q, *context)
-    out, lse = _fake_with_lse(q)
-    _launch(out, lse, q, *context)
-    return out, lse
-
-
-def _has_kernel(q: Tensor) -> bool:
+def _takes(q: Tensor, *_: object) -> bool:
     """What csrc/cuda/attend_sm80.cuh handles; the rest, float32 above all, is left to the reference."""
     return q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] in (64, 128)
 
 
-class _Sizes(NamedTuple):
-    """AttendShape of csrc/bindings.cpp, and the dtype."""
+def _kernel(extension: ModuleType, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+    *inputs, lse = arguments
+    results = _fake(inputs[0], lse)
+    launch(extension, *results, *inputs)
+    return results
 
-    shape: tuple[int, ...]
-    dtype: int
 
-
-def _launch(
+def launch(
+    extension: ModuleType,
     out: Tensor,
     lse: Tensor | None,
     q: Tensor,
@@ -246,59 +191,46 @@ def _launch(
     query_position: Tensor,
     frequencies: Tensor,
     scale: float,
+    options: Any = None,
 ) -> None:
-    tables = [table.contiguous() for table in (slots, positions, query_position, frequencies)]
-    q, k_pages, v_pages = (_cuda.aligned(tensor, 0) for tensor in (q, k_pages, v_pages))
-    tensors = [q, k_pages, v_pages, *tables, out, lse]
-    sizes = _Sizes((*q.shape, k_pages.shape[2], slots.shape[1], frequencies.shape[0]), _cuda.DTYPE_CODES[q.dtype])
-    if _is_hopper(q.device) and _hopper_workspace(q.device, sizes) is not None:
-        _launch_sm90(tensors, sizes, scale)
-    else:
-        _launch_sm80(tensors, sizes, scale)
+    """Launch a CUDA kernel on arguments that were checked.
+
+    Args:
+        extension: `native.kernels_on` the device.
+        out, lse: where the results go; lse None: not wanted.
+        options: `extension.AttendOptions(kernel="auto", key_tile=0)` of csrc/cuda/attend.h; None: its defaults.
+    """
+    options = options or extension.AttendOptions()
+    slots, positions, query_position = slots.contiguous(), positions.contiguous(), query_position.contiguous()
+    frequencies = frequencies.contiguous()
+    q, k_pages, v_pages = _cuda.aligned(q), _cuda.aligned(k_pages), _cuda.aligned(v_pages)
+    sizes = (q.shape, k_pages.shape, slots.shape[1], frequencies.shape[0], _cuda.DTYPE_CODES[q.dtype])
+    device, stream = _cuda.queue(q.device)
+    workspace = _cuda.workspace(extension.attend_workspace(sizes, options, device), q)
+    extension.attend(
+        q.data_ptr(),
+        k_pages.data_ptr(),
+        v_pages.data_ptr(),
+        slots.data_ptr(),
+        positions.data_ptr(),
+        query_position.data_ptr(),
+        frequencies.data_ptr(),
+        out.data_ptr(),
+        _cuda.address(lse),
+        _cuda.address(workspace),
+        sizes,
+        scale,
+        options,
+        device,
+        stream,
+    )
 
 
-def _launch_sm80(tensors: list[Tensor | None], sizes: _Sizes, scale: float) -> None:
-    *shape, tokens, entries, pairs = sizes.shape
-    addresses = map(_cuda.address, tensors)
-    _cuda.launch("attend", _device(tensors), *addresses, tuple(shape), tokens, entries, pairs, sizes.dtype, scale)
-
-
-def _launch_sm90(
-    tensors: list[Tensor | None], sizes: _Sizes, scale: float, key_tile: int = 0, consumers: int = 0
-) -> None:
-    """`key_tile` and `consumers` as in csrc/cuda/attend_sm90.h; zero: as the kernel chooses."""
-    device = _device(tensors)
-    size = _hopper_workspace(device, sizes, key_tile, consumers)
-    assert size is not None and tensors[1] is not None
-    workspace = torch.empty(size, dtype=torch.uint8, device=device)
-    addresses = map(_cuda.address, [*tensors, workspace])
-    pages = tensors[1].shape[0]
-    _cuda.launch("attend_sm90", device, *addresses, sizes.shape, pages, sizes.dtype, scale, key_tile, consumers)
-
-
-def _device(tensors: list[Tensor | None]) -> torch.device:
-    assert tensors[0] is not None
-    return tensors[0].device
-
-
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    """Whether the device runs what is compiled for sm_90a, and that is compiled in."""
-    if device.type != "cuda" or not hasattr(native.kernels(), "attend_sm90"):
-        return False
-    return torch.cuda.get_device_capability(device) == (9, 0)
-
-
-@functools.lru_cache(maxsize=1024)
-def _hopper_workspace(device: torch.device, sizes: _Sizes, key_tile: int = 0, consumers: int = 0) -> int | None:
-    """Bytes, or None if csrc/cuda/attend_sm90.cuh does not handle these sizes."""
-    return _cuda.call("attend_sm90_workspace", device, sizes.shape, sizes.dtype, key_tile, consumers)
-
-
-LIBRARY.impl("attend", _reference, "CompositeExplicitAutograd")
-LIBRARY.impl("attend_with_lse", _reference_with_lse, "CompositeExplicitAutograd")
-torch.library.register_fake("longlive_rag::attend", _fake, lib=LIBRARY)
-torch.library.register_fake("longlive_rag::attend_with_lse", _fake_with_lse, lib=LIBRARY)
-if _cuda.available():
-    LIBRARY.impl("attend", _cuda_attend, "CUDA")
-    LIBRARY.impl("attend_with_lse", _cuda_attend_with_lse, "CUDA")
+_attend = define(
+    "attend(Tensor q, Tensor k_pages, Tensor v_pages, Tensor slots, Tensor positions, Tensor query_position, "
+    "Tensor frequencies, float scale, bool lse) -> (Tensor, Tensor?)",
+    reference=_reference,
+    fake=_fake,
+    kernel=_kernel,
+    takes=_takes,
+)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
-from torch import Tensor
+from torch import Tensor, float32
 
 from longlive_rag.ops import _cuda
-from longlive_rag.ops._library import FLOATING, LIBRARY, check_dtype, check_shape, check_tensors
+from longlive_rag.ops._library import FLOATING, Check, check_no_grad, define
 from longlive_rag.rotary import rotate_pairs
 
 MAX_WIDTH = 16384
 """Largest H * D the CUDA kernel takes (kInsertMaxWidth of csrc/cuda/insert.h)."""
 
-_FRAMES = (
-    "Tensor k, Tensor v, Tensor? k_weight, Tensor rotation, Tensor(a!) k_pages, Tensor(b!) v_pages, "
-    "Tensor slots, float eps"
-)
-LIBRARY.define(f"insert({_FRAMES}) -> ()")
-LIBRARY.define(f"insert_with_query(Tensor q, Tensor? q_weight, {_FRAMES}) -> Tensor")
+_check = Check("insert", first="k")
 
 
 def insert(
@@ -52,62 +49,41 @@ def insert(
         The queries, normalised and spatially rotated, [B, F * T, H, D], or None without q.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong dtype, shape, device or layout.
+        TypeError, ValueError: an argument has the wrong dtype, shape, device or layout, or requires grad.
 
     Source: LongLive-RAG (arXiv 2606.02553), section 3, with the rotation split as in docs/architecture.md.
     """
-    _check(k, v, k_weight, rotation, k_pages, v_pages, slots, q, q_weight)
-    frames = (k, v, k_weight, rotation, k_pages, v_pages, slots, eps)
-    if q is None:
-        torch.ops.longlive_rag.insert(*frames)
-        return None
-    return torch.ops.longlive_rag.insert_with_query(q, q_weight, *frames)
-
-
-def _check(
-    k: Tensor,
-    v: Tensor,
-    k_weight: Tensor | None,
-    rotation: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    slots: Tensor,
-    q: Tensor | None,
-    q_weight: Tensor | None,
-) -> None:
-    check_tensors(
-        "insert", k=k, v=v, k_weight=k_weight, rotation=rotation, k_pages=k_pages, v_pages=v_pages, slots=slots, q=q,
-        q_weight=q_weight,
-    )  # fmt: skip
-    check_shape("insert", "k", k, "[B, F, T, H, D]", None, None, None, None, None)
-    batch, frames, tokens, heads, head_dim = k.shape
+    if torch.is_grad_enabled():
+        check_no_grad("insert", k=k, v=v, k_weight=k_weight, q=q, q_weight=q_weight)
+    frames_form, pages_form, weight_form = "[B, F, T, H, D]", "[S, H, T, D]", "[H * D]"
+    shape = _check("k", k, None, FLOATING, frames_form, (None,) * 5)
+    batch, frames, tokens, heads, head_dim = shape
+    device, dtypes, row = k.device, (k.dtype,), (head_dim, 1)
+    _check("v", v, device, dtypes, frames_form, shape)
+    if q is not None:
+        _check("q", q, device, dtypes, frames_form, shape)
     for name, tensor in (("k", k), ("v", v), ("q", q)):
-        if tensor is None:
-            continue
-        check_dtype("insert", name, tensor, *(FLOATING if tensor is k else (k.dtype,)))
-        check_shape("insert", name, tensor, "[B, F, T, H, D]", batch, frames, tokens, heads, head_dim)
-        if tensor.stride(4) != 1 or tensor.stride(3) != head_dim:
+        if tensor is not None and tensor.stride()[3:] != row:
             raise ValueError(
                 f"insert: {name} must be contiguous over its last two dimensions [H, D], "
                 f"got strides {list(tensor.stride())}"
             )
-    for name, weight in (("k_weight", k_weight), ("q_weight", q_weight)):
-        if weight is not None:
-            check_dtype("insert", name, weight, torch.float32, k.dtype)
-            check_shape("insert", name, weight, "[H * D]", heads * head_dim)
-    check_dtype("insert", "rotation", rotation, torch.float32)
-    check_shape("insert", "rotation", rotation, "[T, P, 2]", tokens, None, 2)
-    if 2 * rotation.shape[1] > head_dim:
-        raise ValueError(
-            f"insert: rotation turns {rotation.shape[1]} pairs, but a head of {head_dim} has {head_dim // 2}"
-        )
-    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
-        check_dtype("insert", name, pages, k.dtype)
-        check_shape("insert", name, pages, "[S, H, T, D]", k_pages.shape[0], heads, tokens, head_dim)
-        if not pages.is_contiguous():
-            raise ValueError(f"insert: {name} must be contiguous, got strides {list(pages.stride())}")
-    check_dtype("insert", "slots", slots, torch.int32)
-    check_shape("insert", "slots", slots, "[B, F]", batch, frames)
+    width, weight_dtypes = (heads * head_dim,), (float32, *dtypes)
+    if k_weight is not None:
+        _check("k_weight", k_weight, device, weight_dtypes, weight_form, width)
+    if q_weight is not None:
+        _check("q_weight", q_weight, device, weight_dtypes, weight_form, width)
+    _, pairs, _ = _check("rotation", rotation, device, (float32,), "[T, P, 2]", (tokens, None, 2))
+    if 2 * pairs > head_dim:
+        raise ValueError(f"insert: rotation turns {pairs} pairs, but a head of {head_dim} has {head_dim // 2}")
+    pages = _check("k_pages", k_pages, device, dtypes, pages_form, (None, heads, tokens, head_dim))
+    _check("v_pages", v_pages, device, dtypes, pages_form, pages)
+    if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
+        name, tensor = ("v_pages", v_pages) if k_pages.is_contiguous() else ("k_pages", k_pages)
+        raise ValueError(f"insert: {name} must be contiguous, got strides {list(tensor.stride())}")
+    _check("slots", slots, device, (torch.int32,), "[B, F]", (batch, frames))
+    turned = _insert(k, v, k_weight, rotation, k_pages, v_pages, slots, eps, q, q_weight)
+    return None if q is None else turned
 
 
 def _normalise_and_rotate(x: Tensor, weight: Tensor | None, rotation: Tensor, eps: float) -> Tensor:
@@ -129,67 +105,36 @@ def _reference(
     v_pages: Tensor,
     slots: Tensor,
     eps: float,
-) -> None:
+    q: Tensor | None,
+    q_weight: Tensor | None,
+) -> Tensor:
     written = slots >= 0
     pages = slots[written].long()
     k_pages[pages] = _normalise_and_rotate(k, k_weight, rotation, eps).transpose(2, 3)[written]
     v_pages[pages] = v.transpose(2, 3)[written]
+    return k.new_empty(0) if q is None else _normalise_and_rotate(q, q_weight, rotation, eps).flatten(1, 2)
 
 
-def _reference_with_query(q: Tensor, q_weight: Tensor | None, *frames: object) -> Tensor:
-    _reference(*frames)  # type: ignore[arg-type]
-    _, _, _, rotation, _, _, _, eps = frames
-    return _normalise_and_rotate(q, q_weight, rotation, eps).flatten(1, 2)  # type: ignore[arg-type]
+def _output(k: Tensor, q: Tensor | None) -> Tensor:
+    batch, frames, tokens, heads, head_dim = k.shape
+    return k.new_empty(0) if q is None else k.new_empty(batch, frames * tokens, heads, head_dim)
 
 
-def _fake_with_query(q: Tensor, q_weight: Tensor | None, *frames: object) -> Tensor:
-    batch, count, tokens, heads, head_dim = q.shape
-    return q.new_empty(batch, count * tokens, heads, head_dim)
+def _fake(k: Tensor, v: Tensor, *context: object) -> Tensor:
+    return _output(k, context[-2])  # type: ignore[arg-type]
 
 
-def _cuda_insert(
-    k: Tensor,
-    v: Tensor,
-    k_weight: Tensor | None,
-    rotation: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    slots: Tensor,
-    eps: float,
-) -> None:
-    if _has_kernel(k, k_pages, v_pages):
-        _launch(k, v, k_weight, rotation, k_pages, v_pages, slots, eps, None, None, None)
-    else:
-        _reference(k, v, k_weight, rotation, k_pages, v_pages, slots, eps)
-
-
-def _cuda_insert_with_query(
-    q: Tensor,
-    q_weight: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    k_weight: Tensor | None,
-    rotation: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    slots: Tensor,
-    eps: float,
-) -> Tensor:
-    if not _has_kernel(k, k_pages, v_pages):
-        return _reference_with_query(q, q_weight, k, v, k_weight, rotation, k_pages, v_pages, slots, eps)
-    q_out = _fake_with_query(q, q_weight)
-    _launch(k, v, k_weight, rotation, k_pages, v_pages, slots, eps, q, q_weight, q_out)
-    return q_out
-
-
-def _has_kernel(k: Tensor, k_pages: Tensor, v_pages: Tensor) -> bool:
-    """What csrc/cuda/insert.cuh handles; the rest is left to the reference."""
+def _takes(
+    k: Tensor, v: Tensor, k_weight: object, rotation: object, k_pages: Tensor, v_pages: Tensor, *_: object
+) -> bool:
+    """What csrc/cuda/insert.cuh handles."""
     heads, head_dim = k.shape[3:]
     aligned = k_pages.data_ptr() % 16 == 0 and v_pages.data_ptr() % 16 == 0
     return k.dtype in _cuda.DTYPE_CODES and head_dim % 8 == 0 and heads * head_dim <= MAX_WIDTH and aligned
 
 
-def _launch(
+def _kernel(
+    extension: ModuleType,
     k: Tensor,
     v: Tensor,
     k_weight: Tensor | None,
@@ -200,35 +145,44 @@ def _launch(
     eps: float,
     q: Tensor | None,
     q_weight: Tensor | None,
-    q_out: Tensor | None,
-) -> None:
+) -> Tensor:
+    out = _output(k, q)
+    k, v, q = _cuda.aligned(k, 3), _cuda.aligned(v, 3), None if q is None else _cuda.aligned(q, 3)
+    k_weight = None if k_weight is None else k_weight.contiguous()
+    q_weight = None if q_weight is None else q_weight.contiguous()
     rotation, slots = rotation.contiguous(), slots.contiguous()
-    rows = []
-    for tensor, weight in ((k, k_weight), (v, None), (q, q_weight)):
-        tensor = None if tensor is None else _cuda.aligned(tensor, 3)
-        rows.append((tensor, None if weight is None else weight.contiguous()))
-    _cuda.launch(
-        "insert",
-        k.device,
-        *map(_row_arguments, rows),
-        *map(_cuda.address, (k_pages, v_pages, q_out, rotation, slots)),
-        tuple(k.shape),
+    extension.insert(
+        _rows(k, k_weight),
+        _rows(v, None),
+        (0, 0, 0, 0, 0, False) if q is None else _rows(q, q_weight),
+        k_pages.data_ptr(),
+        v_pages.data_ptr(),
+        out.data_ptr(),
+        rotation.data_ptr(),
+        slots.data_ptr(),
+        k.shape,
         rotation.shape[1],
         _cuda.DTYPE_CODES[k.dtype],
         eps,
+        *_cuda.queue(k.device),
     )
+    return out
 
 
-def _row_arguments(row: tuple[Tensor | None, Tensor | None]) -> tuple[int, int, int, int, int, bool]:
-    tensor, weight = row
-    b, f, t = (0, 0, 0) if tensor is None else tensor.stride()[:3]
-    return _cuda.address(tensor), b, f, t, _cuda.address(weight), weight is not None and weight.dtype == torch.float32
+def _rows(tensor: Tensor, weight: Tensor | None) -> tuple[int, int, int, int, int, bool]:
+    batch, frame, token, _, _ = tensor.stride()
+    if weight is None:
+        return tensor.data_ptr(), batch, frame, token, 0, False
+    return tensor.data_ptr(), batch, frame, token, weight.data_ptr(), weight.dtype is float32
 
 
-LIBRARY.impl("insert", _reference, "CompositeExplicitAutograd")
-LIBRARY.impl("insert_with_query", _reference_with_query, "CompositeExplicitAutograd")
-torch.library.register_fake("longlive_rag::insert", lambda *frames: None, lib=LIBRARY)
-torch.library.register_fake("longlive_rag::insert_with_query", _fake_with_query, lib=LIBRARY)
-if _cuda.available():
-    LIBRARY.impl("insert", _cuda_insert, "CUDA")
-    LIBRARY.impl("insert_with_query", _cuda_insert_with_query, "CUDA")
+# An operation that writes to its arguments may not return an optional tensor: torch.compile cannot functionalise it. So
+# without q there is an empty one.
+_insert = define(
+    "insert(Tensor k, Tensor v, Tensor? k_weight, Tensor rotation, Tensor(a!) k_pages, Tensor(b!) v_pages, "
+    "Tensor slots, float eps, Tensor? q, Tensor? q_weight) -> Tensor",
+    reference=_reference,
+    fake=_fake,
+    kernel=_kernel,
+    takes=_takes,
+)

@@ -23,8 +23,8 @@ constexpr int kWarpSize = 32;
 template <class Plan>
 __device__ __forceinline__ Plan& shared_memory() {
 #ifdef __CUDACC__
-  extern __shared__ __align__(
-      1024) unsigned char memory[];  // 1024: the 128-byte swizzle repeats after 8 rows
+  // 1024: the 128-byte swizzle repeats after 8 rows
+  extern __shared__ __align__(1024) unsigned char memory[];
   return *reinterpret_cast<Plan*>(memory);
 #else
   return *reinterpret_cast<Plan*>(simt::block->shared);
@@ -34,6 +34,7 @@ __device__ __forceinline__ Plan& shared_memory() {
 #ifdef __CUDACC__
 inline void check(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();  // the runtime remembers it, and the next launch would report it again
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 #endif
