@@ -62,7 +62,7 @@ SIZES = {
             "in_dim": 16, "out_dim": 16,
         },
         {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1},
-        32, 48, 9.0,
+        32, 48, 4.0,
     ),
 }  # fmt: skip
 

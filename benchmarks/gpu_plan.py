@@ -59,7 +59,19 @@ class Part:
 # Without isolation: the machine may have no network. In a folder of its own: the machine's packages stay as they are.
 BUILD = Step(
     "build",
-    (PYTHON, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--upgrade", "--target", SITE, "."),
+    (
+        PYTHON,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-build-isolation",
+        "--no-deps",
+        "--upgrade",
+        "--target",
+        SITE,
+        ".",
+    ),
     180,
     needs=("pybind11", "scikit_build_core"),
 )

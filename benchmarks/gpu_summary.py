@@ -109,7 +109,12 @@ def summary(results: dict[str, Any]) -> str:
     if results["rehearsal"]:
         lines += ["A rehearsal at tiny sizes without a GPU: no figure here means anything.", ""]
     lines += table(["", ""], [[name, machine[name]] for name in MACHINE])
-    lines += ["", "## Goals", "", *table(["of", "goal", "figure", "", "step"], [_goal(*each) for each in goals(figures)])]
+    lines += [
+        "",
+        "## Goals",
+        "",
+        *table(["of", "goal", "figure", "", "step"], [_goal(*each) for each in goals(figures)]),
+    ]
     lines += ["", "## Steps", ""]
     lines += table(
         ["step", "outcome", "seconds", "at most", "last line"],
@@ -122,7 +127,12 @@ def summary(results: dict[str, Any]) -> str:
     if rows:
         lines += ["", "## Figures", "", *table(["operation", "case", "ours", "of limit", "peers"], map(_figure, rows))]
     for name in (name for name in ("end-to-end: latents", "end-to-end: video") if name in figures):
-        lines += ["", f"## {name}", "", *table(["", ""], [[key, _short(value)] for key, value in figures[name].items()])]
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            *table(["", ""], [[key, _short(value)] for key, value in figures[name].items()]),
+        ]
     for name, step in steps.items():
         if "tail" in step:
             lines += ["", f"## {name} {step['outcome']}", "", "```", *step["tail"], "```"]

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from gpu_plan import BUILD, CARRIED, FIGURES, GROUPS, PARTS, PYTHON, SITE, Step
-from gpu_summary import summary
+from gpu_summary import figures_of, goals, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "on_gpu"
@@ -301,7 +301,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     default = WORK / "rehearsal" / "results" if options.rehearse else ROOT / "benchmarks" / "results" / named
     results = Results(options.results or default, machine, rehearsal=options.rehearse)
     wanted = [
-        (f"{part}: {step.name}", step) for part in GROUPS.get(options.part, (options.part,)) for step in PARTS[part].steps
+        (f"{part}: {step.name}", step)
+        for part in GROUPS.get(options.part, (options.part,))
+        for step in PARTS[part].steps
     ]
     failed = left = 0
     with (results.folder / "log.txt").open("a") as log:
@@ -327,6 +329,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"=== {len(wanted) - len(todo)} steps had passed before, {len(todo) - failed - left} passed now, "
             f"{failed} failed, {left} left for another call; {results.folder / 'summary.md'}"
         )
+        if options.rehearse and options.part == "all" and not left:
+            without = [goal.what for goal, figure in goals(figures_of({"steps": results.steps})) if figure is None]
+            if without:
+                runner.say(f"=== the summary finds no figure for: {'; '.join(without)}")
+                failed += 1
     return min(failed, 100)
 
 

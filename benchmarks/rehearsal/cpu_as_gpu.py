@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,13 @@ def on_cpu(value: Any) -> Any:
 class Recorder(TorchDispatchMode):
     """Writes down every operation, as the capture of a graph does."""
 
+    capturing: ClassVar[Recorder | None] = None
+    """That which is to write down a call of the extension: none within an operation, which is written down as a whole."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch._dynamo would be imported, which takes seconds
+
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, Any, Any, Any]] = []
@@ -50,9 +57,41 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("a tensor's value is asked for while a graph is captured")
-        out = function(*args, **(kwargs or {}))
-        self.calls.append((function, args, kwargs or {}, out))
+        Recorder.capturing = None
+        try:
+            return self.call(function, args, kwargs or {})
+        finally:
+            Recorder.capturing = self
+
+    def call(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = function(*args, **kwargs)
+        self.calls.append((function, args, kwargs, out))
         return out
+
+    def __enter__(self) -> Recorder:
+        Recorder.capturing = self
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        Recorder.capturing = None
+        super().__exit__(*raised)
+
+
+class Extension:
+    """The extension, whose launches a graph that is being captured writes down too."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.module, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            recorder = Recorder.capturing
+            return value(*arguments, **options) if recorder is None else recorder.call(value, arguments, options)
+
+        return call if callable(value) else value
 
 
 class Graph:
@@ -109,12 +148,12 @@ class Stream:
 def pretend() -> None:
     """Make torch and `longlive_rag.native` believe in the GPU, for the rest of the process."""
 
-    def nothing(*_: object, **__: object) -> None:
-        pass
+    # A function of its own for each name: torch._dynamo refuses to meet the same one twice.
+    def nothing() -> Callable[..., None]:
+        return lambda *_, **__: None
 
-    @contextlib.contextmanager
-    def block(*_: object, **__: object) -> Iterator[None]:
-        yield
+    def block() -> Callable[..., contextlib.AbstractContextManager[None]]:
+        return lambda *_, **__: contextlib.nullcontext()
 
     properties = SimpleNamespace(
         L2_cache_size=2**16, multi_processor_count=2, total_memory=FREE_BYTES, name="Rehearsal", major=9, minor=0
@@ -129,11 +168,13 @@ def pretend() -> None:
         "mem_get_info": lambda device=None: (FREE_BYTES, FREE_BYTES),
         "max_memory_allocated": lambda device=None: FREE_BYTES,
         "is_current_stream_capturing": lambda: False,
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
         "current_stream": lambda device=None: Stream(),
         "graph": lambda graph, **_: graph.recorder,
-        **dict.fromkeys(("stream", "device"), block),
-        **dict.fromkeys(("synchronize", "empty_cache", "reset_peak_memory_stats", "_sleep"), nothing),
-        **dict.fromkeys(("set_sync_debug_mode", "manual_seed_all", "manual_seed"), nothing),
+        **{name: block() for name in ("stream", "device")},
+        **{name: nothing() for name in ("synchronize", "empty_cache", "reset_peak_memory_stats", "_sleep")},
+        **{name: nothing() for name in ("set_sync_debug_mode", "manual_seed_all", "manual_seed")},
         "Stream": Stream,
         "Event": Event,
         "CUDAGraph": Graph,
@@ -151,11 +192,11 @@ def pretend() -> None:
 
 @contextlib.contextmanager
 def emulated_kernels() -> Iterator[None]:
-    """The operations run the kernels of this source tree in the emulator."""
+    """The operations run the kernels of this source tree in the emulator, `attend` as on Hopper."""
     from longlive_rag import native
     from support import emulated
 
-    module = emulated.build()
-    native.kernels = lambda: module  # type: ignore[assignment]
-    with emulated.backend(module):
+    extension = Extension(emulated.build())
+    native.kernels = lambda: extension  # type: ignore[assignment]
+    with emulated.backend(extension, hopper=True):  # type: ignore[arg-type]
         yield

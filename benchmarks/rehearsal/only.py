@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Collection, Sequence
+from importlib import metadata
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 from gpu_plan import CARRIED, ON_THE_MACHINE
 
-NEEDED_BY_THEM = {
-    "torch": (
-        "torchgen functorch filelock fsspec jinja2 markupsafe mpmath networkx sympy typing_extensions triton nvidia "
-        "cuda"
-    ),
-    "pytest": "_pytest exceptiongroup iniconfig packaging pluggy py pygments tomli",
-    "hypothesis": "_hypothesis_ftz_detector _hypothesis_globals _hypothesis_pytestplugin attr attrs sortedcontainers",
-    "diffusers": (
-        "PIL accelerate anyio certifi charset_normalizer click h11 hf_xet httpcore httpx huggingface_hub idna "
-        "importlib_metadata regex requests shellingham sniffio socksio typer urllib3 yaml zipp"
-    ),
-}
-"""What each needs in turn and brings, or does without."""
 FOR_EVERYONE = ("longlive_rag", "pip", "setuptools", "_distutils_hack", "_virtualenv")
 
 
@@ -52,10 +41,34 @@ class Filter:
 
 
 def allowed(*, with_carried: bool) -> frozenset[str]:
-    """Packages that a machine has to have; with those that only the part end-to-end needs."""
+    """What can be imported on a machine that has the named packages: they, and what they require.
+
+    Args:
+        with_carried: also those that only the part end-to-end needs.
+    """
     named = [*ON_THE_MACHINE, *(CARRIED if with_carried else ())]
-    brought = [package for name in named for package in NEEDED_BY_THEM.get(name, "").split()]
-    return frozenset([*named, *brought, *FOR_EVERYONE])
+    holders = {name: {_normal(holder) for holder in found} for name, found in metadata.packages_distributions().items()}
+    todo = [holder for name in named for holder in holders.get(name, ())]
+    wanted: set[str] = set()
+    while todo:
+        distribution = todo.pop()
+        if distribution not in wanted:
+            wanted.add(distribution)
+            todo += _required(distribution)
+    return frozenset([*named, *FOR_EVERYONE, *(name for name, found in holders.items() if found & wanted)])
+
+
+def _required(distribution: str) -> list[str]:
+    try:
+        requirements = metadata.requires(distribution) or []
+    except metadata.PackageNotFoundError:
+        return []
+    names = (re.match(r"[\w.-]+", requirement) for requirement in requirements if "extra ==" not in requirement)
+    return [_normal(name[0]) for name in names if name is not None]
+
+
+def _normal(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def import_only(packages: Collection[str]) -> None:

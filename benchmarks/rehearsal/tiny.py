@@ -24,8 +24,7 @@ def _shrink_bench() -> None:
     def shrunk(sizes: attend.Sizes) -> attend.Sizes:
         return replace(sizes, heads=1, tokens=64, frames=1, entries=1, batch=1)
 
-    for cases in (attend.CASES,):
-        cases.update({name: shrunk(sizes) for name, sizes in cases.items()})
+    attend.CASES.update({name: shrunk(sizes) for name, sizes in attend.CASES.items()})
     changed: dict[Any, dict[str, Any]] = {
         attend_sweep: {
             "FIGURES": [shrunk(attend_sweep.FIGURES[0])],
@@ -34,8 +33,8 @@ def _shrink_bench() -> None:
         },
         insert: {"CASES": dict.fromkeys(insert.CASES, (1, 2, 3, 1))},
         retrieve: {"COUNTS": [64, 300], "WIDTH": 64},
-        layer: {"CASES": dict.fromkeys(layer.CASES, (1, 2, 3))},
-        block: {"CASES": dict.fromkeys(block.CASES, (block.CPU_MODEL, (4, 6)))},
+        layer: {"CASES": dict.fromkeys(layer.CASES, (1, 2, 3)), "START": 12},
+        block: {"CASES": dict.fromkeys(block.CASES, ({**block.CPU_MODEL, "num_layers": 1}, (4, 6))), "START": 12},
         encoder: {"HEIGHT": 8, "WIDTH": 8, "HIDDEN_DIMS": (4, 8, 8), "EMBEDDING_DIM": 16},
     }
     for module, values in changed.items():
