@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -158,11 +159,13 @@ def measure_latents(size: Size) -> dict[str, Any]:
     begun = time.perf_counter()
     with marked(clock, "begin_block", "commit") as spans:
         marks = [clock.mark()]
+        finite = torch.ones((), dtype=torch.bool, device=where)
         for latents in blocks(frames // block):
             marks.append(clock.mark())
-    finite = bool(latents.isfinite().all())
+            finite &= latents.isfinite().all()
+    all_finite = bool(finite)  # waits for the device
     seconds = time.perf_counter() - begun
-    each = [clock.between(begin, end) for begin, end in zip(marks, marks[1:], strict=False)]
+    each = [clock.between(begin, end) for begin, end in pairwise(marks)]
     retrieval = sum(clock.between(begin, end) for begin, end in spans)
     return {
         "seconds": seconds,
@@ -175,7 +178,7 @@ def measure_latents(size: Size) -> dict[str, Any]:
         "retrieval_share": retrieval / sum(each),
         "pictures_per_second": (FACTOR * frames - FACTOR + 1) / seconds,
         "peak_gigabytes": torch.cuda.max_memory_allocated() / 1e9 if where.type == "cuda" else 0.0,
-        "finite": finite,
+        "finite": all_finite,
     }
 
 

@@ -162,9 +162,13 @@ class Runner:
             "PYTHONUNBUFFERED": "1",
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
             "HF_HUB_OFFLINE": "1",
+            # Nothing may take the place of a kernel that is to be tested or measured.
+            "LONGLIVE_RAG_CHECK": "0",
+            "LONGLIVE_RAG_ATTEND": "auto",
         }
         if self.rehearsal:
             environment["PATH"] = f"{REHEARSAL / 'bin'}{os.pathsep}{environment['PATH']}"
+            environment["XDG_CACHE_HOME"] = str(self.work / "cache")  # verdicts on kernels
         return {**environment, **more}
 
     def _run(self, command: list[str], step: Step) -> tuple[int | None, list[str]]:

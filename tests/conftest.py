@@ -9,6 +9,7 @@ from longlive_rag.native import cuda_status
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("LONGLIVE_RAG_CHECK", "0")  # the tests are the check
 
 # The same examples on every run, and no deadline: the machines are slow and shared.
 hypothesis.settings.register_profile("longlive_rag", derandomize=True, deadline=None)

@@ -173,19 +173,21 @@ def test_the_goals_stand_beside_figures() -> None:
 
 def test_nothing_else_is_needed_than_what_is_named() -> None:
     """With every other package hidden, all that the script runs is imported, and its tests are collected."""
-    paths = sorted({str(path.relative_to(ROOT)) for step in STEPS.values() for path in paths_of(step)})
+    paths = {str(path.relative_to(ROOT)) for step in STEPS.values() for path in paths_of(step)}
+    tests = sorted(path for path in paths if path.startswith("tests/"))
     program = f"""
 import importlib.util, pkgutil, sys
 import only
 only.import_only(only.allowed(with_carried=False))
-found = [name for name in ("av", "diffusers", "matplotlib", "shtab", "transformers", "yaml") if importlib.util.find_spec(name)]
+others = ("av", "diffusers", "matplotlib", "shtab", "transformers", "yaml")
+found = [name for name in others if importlib.util.find_spec(name)]
 assert found == [], found
 import end_to_end, longlive_rag.bench, longlive_rag.cli, longlive_rag.commands
 for package in (longlive_rag.bench, longlive_rag.commands):
     for module in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)
 import pytest
-sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "-m", "cuda", *{[path for path in paths if path.startswith("tests/")]!r}]))
+sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "-m", "cuda", *{tests}]))
 """
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     inherited = environment.get("PYTHONPATH")

@@ -44,7 +44,7 @@ class Recorder(TorchDispatchMode):
     """Writes down every operation, as the capture of a graph does."""
 
     capturing: ClassVar[Recorder | None] = None
-    """That which is to write down a call of the extension: none within an operation, which is written down as a whole."""
+    """Writes down the next call of the extension; none within an operation, which is written down as a whole."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 
 def shrink(arguments: list[str]) -> None:
-    """Prepare for this program: `[longlive_rag, bench, ...]` or `[benchmarks/end_to_end.py, ...]`."""
+    """Prepare for the program of these arguments, whose first is a module or a file."""
     if arguments[:2] == ["longlive_rag", "bench"]:
         _shrink_bench()
+    elif arguments[:2] == ["longlive_rag", "check"]:
+        _check_on_stand_ins()
+    elif arguments[0] == "longlive_rag.checking":
+        arguments[:] = [argument for argument in arguments if argument != "--thorough"]
     elif arguments[0] == "benchmarks/end_to_end.py":
         arguments += ["--size", "tiny"]
+
+
+def _check_on_stand_ins() -> None:
+    """The processes of a check run on the same interpreter as this one."""
+    from longlive_rag.checking import isolated
+
+    shim = str(Path(__file__).resolve().parent / "python.py")
+    isolated.check.__kwdefaults__["command"] = (sys.executable, shim, *isolated.CHILD[1:])
 
 
 def _shrink_bench() -> None:

@@ -39,7 +39,7 @@ def run_retrieve() -> list[Tensor]:
     torch.manual_seed(0)
     keys = torch.randn(1, 203, 40)
     keys[:, 150] = 9 * keys[:, 30]  # beyond the range, and the best
-    results = []
+    results: list[Tensor] = []
     for k in (9, 50):
         results += ops.retrieve(keys[:, 30], keys, 1 / keys.norm(dim=-1), 1, 150, k)
     return results
@@ -49,8 +49,11 @@ def run_attend() -> list[Tensor]:
     torch.manual_seed(0)
     q = torch.randn(1, 2 * 75, 1, 64).half()
     pages = torch.randn(2, 4, 1, 75, 64).half()
-    tables = [torch.tensor([row], dtype=torch.int32) for row in ([3, -1, 0, 1], [2, 9, 0, 5], [6, 7])]
-    return list(ops.attend(q, *pages, *tables, rotary.temporal_frequencies(64), return_lse=True))
+    slots, positions, query_position = (
+        torch.tensor([row], dtype=torch.int32) for row in ([3, -1, 0, 1], [2, 9, 0, 5], [6, 7])
+    )
+    frequencies = rotary.temporal_frequencies(64)
+    return list(ops.attend(q, pages[0], pages[1], slots, positions, query_position, frequencies, return_lse=True))
 
 
 SM80 = "cuda/attend_sm80.cuh"

@@ -185,4 +185,5 @@ _insert = define(
     fake=_fake,
     kernel=_kernel,
     takes=_takes,
+    checked_as="insert",
 )
