@@ -59,7 +59,7 @@ def test_a_right_kernel_passes() -> None:
     assert verdict == Verdict("passed", "8 cases", thorough=False)
 
 
-@pytest.mark.parametrize("name", ["insert", "retrieve"])
+@pytest.mark.parametrize("name", ["insert", "retrieve", "pack"])
 def test_the_other_kernels_pass(name: str) -> None:
     assert isolated.check(name, CPU, command=double("")).trusted
 
@@ -212,7 +212,9 @@ class Machine:
         monkeypatch.setattr(isolated, "check", lambda name, device, thorough: self.verdicts[name])
 
 
-ALL_PASSED = {name: Verdict("passed", "8 cases", thorough=True) for name in ("insert", "retrieve", "attend_ampere")}
+ALL_PASSED = {
+    name: Verdict("passed", "8 cases", thorough=True) for name in ("insert", "retrieve", "pack", "attend_ampere")
+}
 
 
 def test_the_command_prints_a_table_and_remembers(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ def cases(variant: Variant, device: torch.device, thorough: bool) -> Iterator[Ca
     if variant.operation == "attend":
         yield from _attend_cases(device, thorough, variant.least_tokens)
     else:
-        yield from (_insert_cases if variant.operation == "insert" else _retrieve_cases)(device, thorough)
+        others = {"insert": _insert_cases, "retrieve": _retrieve_cases, "pack": _pack_cases}
+        yield from others[variant.operation](device, thorough)
 
 
 def _insert_cases(device: torch.device, thorough: bool) -> Iterator[Case]:
@@ -98,6 +100,33 @@ def _retrieve(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torc
     )
     # Products of the stored dtype's numbers summed in float32: at most `width` roundings of sums below 1.
     return error, width * torch.finfo(torch.float32).eps
+
+
+def _pack_cases(device: torch.device, thorough: bool) -> Iterator[Case]:
+    shapes = [(2, 3, 15, 64), (3, 2, 50, 128)] + [(30, 12, 1560, 128)] * thorough
+    for shape in shapes:
+        for dtype in HALF:
+            for bits in (8, 4):
+                name = f"pack {_text(shape, dtype)}, {bits} bits"
+                yield Case(name, partial(_pack, shape, dtype, bits, device))
+
+
+def _pack(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, bits: Literal[8, 4], device: torch.device
+) -> tuple[float, float]:
+    layers, heads, tokens, head_dim = shape
+    draw = _Draw(device)
+    pages = [[draw(3, heads, tokens, head_dim).to(dtype) for _ in range(layers)] for _ in "kv"]
+    results = []
+    # The definition runs where there are no kernels: on the CPU.
+    for place in (device, torch.device("cpu")):
+        k_pages, v_pages = ([page.to(place) for page in half] for half in pages)
+        packed = ops.pack(k_pages, v_pages, 1, bits)
+        back = [[torch.full_like(page, -7) for page in half] for half in (k_pages, v_pages)]
+        ops.unpack(packed, back[0], back[1], 2, bits)
+        results.append(torch.stack([page for half in back for page in half]).double().cpu() + 7)
+    # A code may fall on the other side of a half: one step of a few numbers.
+    return _relative(*results), 1e-2
 
 
 def _attend_cases(device: torch.device, thorough: bool, least_tokens: int) -> Iterator[Case]:

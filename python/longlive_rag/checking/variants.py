@@ -24,6 +24,7 @@ VARIANTS = {
     for variant in (
         Variant("insert", "insert"),
         Variant("retrieve", "retrieve"),
+        Variant("pack", "pack"),
         Variant("attend-hopper", "attend", {"LONGLIVE_RAG_ATTEND": "hopper"}, "the kernel for sm_80", least_tokens=64),
         Variant("attend-ampere", "attend", {"LONGLIVE_RAG_ATTEND": "ampere"}, "PyTorch's attention"),
     )

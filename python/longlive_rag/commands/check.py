@@ -62,7 +62,7 @@ class Check:
         identity = verdicts.identity(device)
         print(f"{identity['device']}, compute capability {identity['capability']}, torch {identity['torch']}")
         found = {}
-        for name in ["insert", "retrieve", *attend_variants(device)]:
+        for name in ["insert", "retrieve", "pack", *attend_variants(device)]:
             print(f"  {name:<14} ...", end="\r", flush=True)
             verdict = found[name] = isolated.check(name, device, thorough=not self.quick)
             instead = "" if verdict.trusted else f"; {VARIANTS[name].instead} is used instead"

@@ -276,6 +276,7 @@ _pack = define(
     fake=_fake,
     kernel=_pack_kernel,
     takes=_takes,
+    checked_as="pack",
 )
 _unpack = define(
     "unpack(Tensor packed, Tensor(a!)[] k_pages, Tensor(b!)[] v_pages, int slot, int bits) -> ()",
@@ -283,4 +284,5 @@ _unpack = define(
     fake=_fake,
     kernel=_unpack_kernel,
     takes=_takes,
+    checked_as="pack",
 )
