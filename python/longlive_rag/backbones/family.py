@@ -10,6 +10,7 @@ from torch import nn
 
 from longlive_rag.backbones.caches import Followers, FreedCaches
 from longlive_rag.backbones.forwards import Forwards
+from longlive_rag.backbones.own_context import OwnContext
 from longlive_rag.config import RetrievalConfig
 
 
@@ -69,6 +70,10 @@ class Family(ABC):
 
     def longest_pass(self, model: Any, transformer: CausalTransformer) -> int | None:
         """Latent frames of the longest pass that `model` will make, as far as it says; None: it does not say."""
+        return None
+
+    def own_context(self, model: Any, transformer: CausalTransformer) -> OwnContext | None:
+        """What the transformer attends to by itself, as far as `model`, its pipeline or wrapper, and it say."""
         return None
 
     @abstractmethod
