@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +89,7 @@ class Said:
     def flag(self, name: str) -> bool | None:
         return next((value for value in self._values([name]) if isinstance(value, bool)), None)
 
-    def _integers(self, names: Sequence[str]) -> Iterable[int] | Any:
+    def _integers(self, names: Sequence[str]) -> Iterator[int]:
         for value in self._values(names):
             if isinstance(value, int) and not isinstance(value, bool):
                 yield value
@@ -98,7 +98,7 @@ class Said:
                 if entries:
                     yield max(entries)
 
-    def _values(self, names: Sequence[str]) -> Iterable[Any]:
+    def _values(self, names: Sequence[str]) -> Iterator[Any]:
         for holder in (*self._holders, *self._options):
             for name in names:
                 value = getattr(holder, name, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from longlive_rag.backbones.find import find_transformer
 from longlive_rag.backbones.follow import Follower, Kind, check_block_length
 from longlive_rag.backbones.forwards import Forwards, is_patched
 from longlive_rag.backbones.journal import Journal
+from longlive_rag.backbones.own_context import Said
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.embedding import AveragePool, Embedding, LatentAutoencoder
 from longlive_rag.memory import Retrieval, RetrievalMemory
@@ -65,7 +67,9 @@ def patch(
         FileNotFoundError: there is no checkpoint at the path `embedding`.
     """
     if config is not None and config != "native" and not isinstance(config, RetrievalConfig):
-        raise TypeError(f"config must be a RetrievalConfig, 'native' or None, got {config!r:.80}")
+        raise TypeError(
+            f"config must be a RetrievalConfig, got {type(config).__name__} {config!r:.80}; or 'native', or None"
+        )
     transformer = find_transformer(model)
     family = transformer.family
     if is_patched(transformer.module):
@@ -79,6 +83,8 @@ def patch(
     longest = family.longest_pass(model, transformer)
     if longest is not None:
         check_block_length(config, longest)
+    if device_frames is not None and config.memory_frames:
+        _check_switch(model, transformer, config, device_frames)
     if capacity is None:
         capacity = config.context_frames + max(longest or 1, config.block_frames)
     embed = _embedding(embedding)
@@ -103,7 +109,8 @@ def patch(
         )
 
     journal = Journal()
-    followers = Followers(lambda: Follower(config, make_memory, family.new_state, journal))
+    said = Said(model, transformer.module, transformer.attentions[0])
+    followers = Followers(lambda: Follower(config, make_memory, lambda: family.new_state(said), journal))
     freed_caches = FreedCaches() if release_cache and not family.reads_cache else None
     attachment = Attachment(config, followers, Forwards(), freed_caches)
     family.attach(transformer, attachment)
@@ -164,21 +171,44 @@ class Patched:
         self.unpatch()
 
 
-def config_for(model: Any, policy: Literal["memory", "native"]) -> RetrievalConfig:
-    """The config that `patch` uses for a model: by default ("memory"), or with "native"."""
-    return _own_config(model, find_transformer(model), policy)
+def config_for(model: Any, policy: Literal["memory", "native"], context_frames: int | None = None) -> RetrievalConfig:
+    """The config that `patch` uses for a model: by default ("memory"), or with "native".
+
+    Args:
+        context_frames: in place of the model's own window.
+    """
+    return _own_config(model, find_transformer(model), policy, context_frames)
 
 
-def _own_config(model: Any, transformer: CausalTransformer, policy: str) -> RetrievalConfig:
+def _own_config(
+    model: Any, transformer: CausalTransformer, policy: str, context_frames: int | None = None
+) -> RetrievalConfig:
     own = transformer.family.own_context(model, transformer)
     if own is not None:
+        if context_frames is not None:
+            own = replace(own, context_frames=context_frames)
         return own.native() if policy == "native" else own.with_memory()
     if policy == "native":
         raise ValueError(
-            f"config must be a RetrievalConfig for this {transformer.family.name} model, which does not say what its own "
-            f"window is, got 'native'"
+            f"config must be a RetrievalConfig for this {transformer.family.name} model, which does not say what its "
+            f"own window is, got 'native'"
         )
-    return RetrievalConfig()
+    return transformer.family.unstated
+
+
+def _check_switch(model: Any, transformer: CausalTransformer, config: RetrievalConfig, device_frames: int) -> None:
+    """Refuse a budget that the first prompt switch would find too small, in the middle of a video."""
+    family = transformer.family
+    needed = family.switch_frames(config, family.own_context(model, transformer))
+    if needed is None or device_frames >= needed:
+        return
+    message = (
+        f"device_frames must be at least {needed} for a prompt switch of {family.name}, with the frames made again, "
+        f"the sink and memory; got {device_frames}"
+    )
+    if callable(getattr(model, "_recache_after_switch", None)):
+        raise ValueError(message)
+    logger.warning("%s; fewer do as long as the prompt stays", message)
 
 
 def _embedding(embedding: object) -> Embedding:

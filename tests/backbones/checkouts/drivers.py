@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkouts.foreign import Settings, Sizes, use_tiny
 from torch import Tensor
 
+from backbones.checkouts.foreign import Settings, Sizes, use_tiny
 from longlive_rag import RetrievalConfig
 
-Config = RetrievalConfig | str
+Config = RetrievalConfig | str | None
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,15 @@ class Case:
     videos: tuple[Video, ...]
     settings: dict[str, Any] = field(default_factory=dict)
     config: Config = "native"
+    """For `patch`; None: what it reads off the pipeline."""
     family: str | None = None
     """As which it is recognised, if not as its driver's."""
 
 
-def sizes_in_turn(frames: int, other_frames: int | None = None) -> tuple[Video, ...]:
-    """Landscape, portrait with as many tokens, another number of tokens, and landscape again."""
-    other = frames if other_frames is None else other_frames
-    return (
-        Video(frames),
-        Video(frames, size=(8, 4), seed=1),
-        Video(other, size=(4, 12), seed=2),
-        Video(other, seed=3),
-    )
+def sizes_in_turn(frames: int) -> tuple[Video, ...]:
+    """Landscape, portrait with as many tokens, and another number of tokens."""
+    other = min(frames, 30)
+    return (Video(frames), Video(other, size=(8, 4), seed=1), Video(other, size=(4, 12), seed=2))
 
 
 class TextEncoder(torch.nn.Module):
@@ -97,7 +93,7 @@ class Driver:
     caches: tuple[str, ...] = ("kv_cache1",)
     channels = 16
     published: dict[str, Any] = {  # noqa: RUF012
-        "denoising_step_list": [1000, 750, 500, 250], "warp_denoising_step": True, "num_frame_per_block": 3,
+        "denoising_step_list": [1000, 500], "warp_denoising_step": True, "num_frame_per_block": 3,
         "independent_first_frame": False, "context_noise": 0,
     }  # fmt: skip
 
@@ -187,7 +183,7 @@ class LongLive(Driver):
     repository = "LongLive 1"
     family = "LongLive"
     mark = "wan/modules/causal_model_infinity.py"
-    models = ("wan.modules.causal_model", "wan.modules.causal_model_infinity")
+    models: tuple[str, ...] = ("wan.modules.causal_model", "wan.modules.causal_model_infinity")
     pipeline = ("pipeline.interactive_causal_inference", "InteractiveCausalInferencePipeline")
 
     def cases(self, frames: int) -> list[Case]:
@@ -197,7 +193,7 @@ class LongLive(Driver):
         early = Video(30, prompts=("a cat", "a dog"), switches=(6,))
         return [
             Case("absolute", sizes_in_turn(frames), {"model_kwargs": window, "global_sink": True}),
-            Case("relative (infinity)", sizes_in_turn(frames, 30), {"model_kwargs": infinite, "global_sink": True}),
+            Case("relative (infinity)", sizes_in_turn(frames), {"model_kwargs": infinite, "global_sink": True}),
             Case("prompt switches, global sink", (switch, early), {"model_kwargs": window, "global_sink": True}),
             Case("prompt switches, new sink", (switch, early), {"model_kwargs": window, "global_sink": False}),
             Case("prompt switches, relative, global sink", (switch,), {"model_kwargs": infinite, "global_sink": True}),
@@ -216,19 +212,17 @@ class LongLiveRAG(Driver):
     repository = "LongLive-RAG"
     family = "LongLive-RAG"
     mark = "wan/modules/causal_model_latentmem.py"
-    models = ("wan.modules.causal_model", "wan.modules.causal_model_latentmem")
+    models: tuple[str, ...] = ("wan.modules.causal_model", "wan.modules.causal_model_latentmem")
 
     def cases(self, frames: int) -> list[Case]:
         kwargs = {
             "local_attn_size": 12, "sink_size": 1, "memory_size": 6, "recent_exclude": 5, "use_latentmem": True,
             "compression_method": "avg_pool",
         }  # fmt: skip
-        paper = RetrievalConfig()
         small = kwargs | {"local_attn_size": 9, "memory_size": 3, "recent_exclude": 2}
-        config = RetrievalConfig(context_frames=9, sink_frames=1, memory_frames=3, recency_guard=2)
         return [
-            Case("its own retrieval, the paper's numbers", sizes_in_turn(frames), {"model_kwargs": kwargs}, paper),
-            Case("its own retrieval, window 9, K 3, R 2", (Video(frames),), {"model_kwargs": small}, config),
+            Case("its own retrieval, the paper's numbers", sizes_in_turn(frames), {"model_kwargs": kwargs}, None),
+            Case("its own retrieval, window 9, K 3, R 2", (Video(frames),), {"model_kwargs": small}, None),
             Case(
                 "without memory",
                 (Video(30),),
@@ -250,7 +244,7 @@ class MemFlow(LongLive):
     repository = "MemFlow"
     family = "MemFlow"
     mark = "prompts/interactive_example.jsonl"
-    models = ("wan.modules.causal_model",)
+    models: tuple[str, ...] = ("wan.modules.causal_model",)
     caches = ("kv_cache1", "kv_bank1")
 
     @classmethod
@@ -264,7 +258,25 @@ class MemFlow(LongLive):
         return [
             Case("bank made empty", sizes_in_turn(frames), {"model_kwargs": window, "global_sink": True}),
             Case("prompt switch, global sink", (switch,), {"model_kwargs": window, "global_sink": True}),
+            Case("prompt switch, new sink", (switch,), {"model_kwargs": window, "global_sink": False}),
         ]
+
+    def expected(self, pipeline: Any, video: Video) -> Tensor:
+        """Without a global sink, the published code goes on with a sink of zeros, which the switch never writes; here
+        its pass writes it."""
+        if pipeline.global_sink or not video.switches:
+            return self.generate(pipeline, video)
+        attentions = [block.self_attn for block in pipeline.generator.model.blocks]
+        sink = attentions[0].sink_size
+
+        def write_all(_: Any, __: Any, options: dict[str, Any]) -> None:
+            for attention in attentions:
+                attention.sink_size = 0 if options.get("is_recache") else sink
+
+        hook = pipeline.generator.register_forward_pre_hook(write_all, with_kwargs=True)
+        latents = self.generate(pipeline, video)
+        hook.remove()
+        return latents
 
     def make(self, args: Settings) -> Any:
         pipeline = super().make(args)
@@ -287,7 +299,7 @@ class RollingForcing(Driver):
     published = Driver.published | {"denoising_step_list": [1000, 800, 600, 400, 200]}
 
     def cases(self, frames: int) -> list[Case]:
-        return [Case("window 21, sink 3", sizes_in_turn(frames, 30)), Case("batch of 2", (Video(30, batch=2),))]
+        return [Case("window 21, sink 3", sizes_in_turn(frames)), Case("batch of 2", (Video(30, batch=2),))]
 
     def generate(self, pipeline: Any, video: Video) -> Tensor:
         self.resize(pipeline, video.size, video.batch)
@@ -308,10 +320,44 @@ class InfinityRoPE(Driver):
     def cases(self, frames: int) -> list[Case]:
         window = {"model_kwargs": {"local_attn_size": 9, "sink_size": 1}}
         scenes = Video(frames, prompts=("a cat [15s] | a dog [9s#] | a house",), seed=4)
+        early = Video(30, prompts=("a cat [1.5s] | a dog",), seed=5)
+        early_cut = Video(30, prompts=("a cat [0.75s#] | a dog",), seed=6)
         return [
             Case("one scene", sizes_in_turn(frames), window),
             Case("scenes, soft and cut, window full", (scenes,), window),
+            Case("scenes before the window is full, newest frames kept", (early, early_cut), window),
         ]
+
+    def expected(self, pipeline: Any, video: Video) -> Tensor:
+        """Before its window is full, the published flush copies frames that are not there yet, zeros, in the place of
+        the two newest; here it copies those."""
+        self.resize(pipeline, video.size, video.batch)
+        kept: list[dict[str, Tensor]] = []
+        state: dict[str, Any] = {"index": None, "end": 0}
+        tokens = self.sizes.tokens
+
+        def mend(_: Any, __: Any, options: dict[str, Any]) -> None:
+            cache = options["kv_cache"]
+            index = cache[0]["local_end_index"]
+            flushed = state["index"] is not None and index is not state["index"] and int(index) == 3 * tokens
+            if flushed and state["end"] < cache[0]["k"].shape[1]:
+                for layer, before in zip(cache, kept, strict=True):
+                    for name in ("k", "v"):
+                        newest = before[name][:, state["end"] - 2 * tokens : state["end"]]
+                        layer[name][:, tokens : 3 * tokens] = newest
+            state["index"] = index
+
+        def keep(_: Any, __: Any, options: dict[str, Any], ___: Any) -> None:
+            cache = options["kv_cache"]
+            kept[:] = [{name: layer[name].clone() for name in ("k", "v")} for layer in cache]
+            state["end"] = int(cache[0]["local_end_index"])
+
+        before = pipeline.generator.register_forward_pre_hook(mend, with_kwargs=True)
+        after = pipeline.generator.register_forward_hook(keep, with_kwargs=True)
+        latents = self.generate(pipeline, video)
+        before.remove()
+        after.remove()
+        return latents
 
 
 class CausVid(Driver):
@@ -330,7 +376,7 @@ class CausVid(Driver):
         base = importlib.import_module("causvid.models.wan.wan_base.modules.model").WanModel
         base.from_pretrained = classmethod(lambda *_, **__: torch.nn.Identity())
         make = importlib.import_module("causvid.models.wan.causal_inference").InferencePipeline
-        own = {"model_name": "causal_wan", "denoising_step_list": [1000, 757, 522, 0], "warp_denoising_step": False}
+        own = {"model_name": "causal_wan", "denoising_step_list": [1000, 522, 0], "warp_denoising_step": False}
         return make(Settings(args | own), torch.device("cpu"))
 
 
@@ -338,7 +384,7 @@ class LongLive2(Driver):
     repository = "LongLive 2"
     family = "LongLive 2"
     mark = "wan_5b/modules/causal_model.py"
-    models = ("wan_5b.modules.causal_model",)
+    models: tuple[str, ...] = ("wan_5b.modules.causal_model",)
     pipeline = ("pipeline.causal_diffusion_inference", "CausalDiffusionInferencePipeline")
     caches = ("kv_cache_pos", "kv_cache_neg")
     channels = 48
@@ -354,7 +400,7 @@ class LongLive2(Driver):
 
     def cases(self, frames: int) -> list[Case]:
         frames = frames // 4 * 4
-        inference = {"sampling_steps": 4, "sink_size": 4, "local_attn_size": 16}
+        inference = {"sampling_steps": 2, "sink_size": 4, "local_attn_size": 16}
         shots = inference | {"multi_shot_sink": True, "multi_shot_rope_offset": 8}
         cut = importlib.import_module("utils.dataset").DEFAULT_SCENE_CUT_PREFIX
         scenes = Video(
@@ -409,7 +455,7 @@ class Krea(Driver):
 
     def cases(self, frames: int) -> list[Case]:
         return [
-            Case("cache of 6 frames", sizes_in_turn(frames, 30)),
+            Case("cache of 6 frames", sizes_in_turn(frames)),
             Case("cache of 6 frames, projections fused", (Video(30),), {"fuse": True}),
         ]
 

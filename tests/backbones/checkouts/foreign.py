@@ -42,6 +42,7 @@ class Sizes:
     heads: int = 12
     head_dim: int = 128
     ffn_dim: int = 256
+    freq_dim: int = 16
     text_dim: int = 16
     text_len: int = 8
     tokens: int = 8
@@ -50,8 +51,8 @@ class Sizes:
     def model(self) -> dict[str, int]:
         """Arguments of the repositories' causal models."""
         return {
-            "dim": self.heads * self.head_dim, "ffn_dim": self.ffn_dim, "freq_dim": 16, "text_dim": self.text_dim,
-            "text_len": self.text_len, "num_heads": self.heads, "num_layers": self.layers,
+            "dim": self.heads * self.head_dim, "ffn_dim": self.ffn_dim, "freq_dim": self.freq_dim,
+            "text_dim": self.text_dim, "text_len": self.text_len, "num_heads": self.heads, "num_layers": self.layers,
         }  # fmt: skip
 
 
@@ -153,7 +154,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, q_lens: Any = None, k_lens: Any 
 
 def enter(root: Path, sizes: Sizes) -> None:
     """Make the checkout's modules importable in this process, once for all."""
-    os.environ |= {"TQDM_DISABLE": "1", "LLV2_TRITON_ROPE": "0", "LLV2_TRITON_ADALN": "0"}  # LongLive 2's own switches
+    os.environ |= {"LLV2_TRITON_ROPE": "0", "LLV2_TRITON_ADALN": "0"}  # LongLive 2's own switches
     import diffusers  # noqa: F401  (it looks for optional packages, and must not find a double)
     import transformers  # noqa: F401
 

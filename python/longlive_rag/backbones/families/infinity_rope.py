@@ -51,7 +51,7 @@ class InfinityRoPE(WanFamily):
     def positions(self, said: Said, transformer: CausalTransformer) -> Positions:
         return "relative"
 
-    def new_state(self) -> Scenes:
+    def new_state(self, said: Said) -> Scenes:
         return Scenes()
 
     def start_pass(

@@ -40,7 +40,7 @@ class Krea(WanFamily):
     def positions(self, said: Said, transformer: CausalTransformer) -> Positions:
         return "relative"
 
-    def new_state(self) -> Refill:
+    def new_state(self, said: Said) -> Refill:
         return Refill()
 
     def recomputes(

@@ -10,7 +10,7 @@ from torch import Tensor
 from longlive_rag.backbones.families.longlive import LongLive
 from longlive_rag.backbones.family import CausalTransformer
 from longlive_rag.backbones.follow import Follower
-from longlive_rag.backbones.own_context import Said
+from longlive_rag.backbones.own_context import OwnContext, Said
 from longlive_rag.backbones.wan_attention import Arguments
 from longlive_rag.config import Positions, RetrievalConfig
 from longlive_rag.context import UNUSED, ContextPlan
@@ -47,7 +47,10 @@ class LongLive2(LongLive):
         # Shots stand apart in absolute time, which relative positions would close up.
         return own
 
-    def new_state(self) -> Shots:
+    def switch_frames(self, config: RetrievalConfig, own: OwnContext | None) -> int | None:
+        return None  # prompts change from chunk to chunk, and nothing passes again
+
+    def new_state(self, said: Said) -> Shots:
         return Shots()
 
     def start_pass(

@@ -15,6 +15,9 @@ from longlive_rag.backbones.wan_attention import Arguments
 from longlive_rag.config import Positions
 from longlive_rag.context import ContextPlan
 
+PUBLISHED_STEPS = 5
+"""Denoising steps, where only the pipeline could say."""
+
 
 class RollingForcing(WanFamily):
     """The window's later blocks are seen by nothing but the window, so only the clean pass can finish a block."""
@@ -26,7 +29,9 @@ class RollingForcing(WanFamily):
     def longest_pass(self, model: Any, transformer: CausalTransformer) -> int | None:
         # The window holds one block at each noise level.
         block, steps = super().longest_pass(model, transformer), getattr(model, "denoising_step_list", None)
-        return block * len(steps) if block is not None and isinstance(steps, Sized) else block
+        if block is None:
+            return None
+        return block * (len(steps) if isinstance(steps, Sized) else PUBLISHED_STEPS)
 
     def window(self, said: Said) -> int | None:
         attended, tokens = said.integer("max_attention_size"), said.integer("frame_length")
