@@ -19,6 +19,14 @@ def frame_bytes(*, layers: int, heads: int, tokens: int, head_dim: int, dtype: t
     return 2 * layers * heads * tokens * head_dim * dtype.itemsize
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that PyTorch could still allocate on a GPU; None: on the CPU, nobody counts."""
+    if device.type != "cuda":
+        return None
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
 class FrameBank:
     """A pool of pages ``[slot, head, token, dim]`` per layer, and the table of which frame is in which slot.
 
@@ -29,8 +37,8 @@ class FrameBank:
     Args:
         layers, heads, tokens, head_dim: of the backbone; tokens per latent frame.
         batch: videos.
-        capacity: latent frames to allocate up front. A full pool doubles, which copies it once, layer by layer; pass
-            the length of the video if it is known, and no page ever moves.
+        capacity: latent frames to allocate up front. A full pool doubles, as far as memory is free, which copies it
+            once, layer by layer; pass the length of the video if it is known and fits, and no page ever moves.
         device_frames: at most this many latent frames of each video on the device; None: no limit.
     """
 
@@ -132,7 +140,7 @@ class FrameBank:
     def _occupy(self, entries: list[Entry], in_use: set[Entry]) -> None:
         shortage = len(entries) - len(self._free)
         if shortage > 0 and self.device_frames is None:
-            self._grow(max(2 * self.capacity, self.capacity + -(-shortage // self.batch)))
+            self._grow(max(self._doubled(), self.capacity + -(-shortage // self.batch)))
         elif shortage > 0:
             self._spill(shortage, in_use)
         for entry in entries:
@@ -166,6 +174,16 @@ class FrameBank:
             [(*entry, slot) for entry, slot in zip(entries, slots, strict=True)]
         ).T.to(self._table.device, non_blocking=True)
         self._table[videos, frames] = values.to(torch.int32)
+
+    def _doubled(self) -> int:
+        """Twice the frames, or as many as the device has memory for."""
+        page = self.k_pages[0]
+        free = free_bytes(page.device)
+        if free is None:
+            return 2 * self.capacity
+        frame = 2 * len(self.k_pages) * self.batch * page[0].nbytes
+        # A tenth is left to the model's own activations.
+        return min(2 * self.capacity, self.capacity + free * 9 // 10 // frame)
 
     def _grow(self, capacity: int) -> None:
         self.generation += 1

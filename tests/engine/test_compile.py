@@ -6,9 +6,14 @@ from typing import Any
 
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.torch_version import TorchVersion as Version
 
 from longlive_rag import RetrievalConfig, rollout
 from longlive_rag.models import CausalWanModel
+
+COMPILATIONS = 1 if Version(torch.__version__) >= Version("2.9") else 2
+"""Older versions guard every field of the block's plan, and compile once more with its first frame as a symbol; not for
+each of the 14 blocks."""
 
 
 def test_a_compiled_model_gives_the_same_video_from_one_compilation() -> None:
@@ -24,4 +29,4 @@ def test_a_compiled_model_gives_the_same_video_from_one_compilation() -> None:
     expected, actual = rollout(model, noise, prompt, config), rollout(compiled, noise, prompt, config)
     assert [entry.frames for entry in actual.retrieved] == [entry.frames for entry in expected.retrieved]
     torch.testing.assert_close(actual.latents, expected.latents, rtol=1e-4, atol=1e-4)
-    assert counter.frame_count == 1
+    assert counter.frame_count == COMPILATIONS

@@ -9,10 +9,9 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from longlive_rag.backbones.run.settings import Settings
-from longlive_rag.config import RetrievalConfig
+from longlive_rag.backbones.run.settings import Policy, Settings
 from longlive_rag.files import atomic_path
 from longlive_rag.options import Positional
 
@@ -32,16 +31,18 @@ class Run:
 
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
         "context policy": ("policy", "embedding"),
-        "machine": ("device_frames", "keep_cache"),
+        "machine": ("capacity", "device_frames", "keep_cache"),
         "output": ("log",),
     }
 
     command: Positional[tuple[str, ...]]
     """The command to run, with its own options."""
-    policy: RetrievalConfig = field(default_factory=RetrievalConfig)
-    """The context policy."""
+    policy: Policy = field(default_factory=Policy)
+    """The context policy. Default: the paper's memory within the model's own window."""
     embedding: Path | None = None
     """Checkpoint of the retrieval autoencoder used to search memory. Default: the mean of each latent channel."""
+    capacity: int | None = None
+    """Latent frames to make room for on the GPU at once; more follow. Default: what the first block needs."""
     device_frames: int | None = None
     """Latent frames of each video that stay on the GPU at most; older ones move to host memory. Default: all."""
     keep_cache: bool = False
@@ -56,7 +57,9 @@ class Run:
             raise FileNotFoundError(f"no autoencoder checkpoint at {self.embedding}")
         with tempfile.TemporaryDirectory(prefix="longlive-rag-") as folder:
             embedding = None if self.embedding is None else self.embedding.resolve()
-            settings = Settings(self.policy, Path(folder), embedding, self.device_frames, self.keep_cache)
+            settings = Settings(
+                Path(folder), self.policy, embedding, self.capacity, self.device_frames, self.keep_cache
+            )
             status = subprocess.run(self.command, env=settings.environment(os.environ)).returncode
             reports = [json.loads(path.read_text()) for path in sorted(Path(folder).iterdir())]
         if status:
@@ -67,7 +70,7 @@ class Run:
             freed = f"; {report['released_bytes'] / 2**20:.0f} MiB of its own cache freed"
             print(
                 f"longlive-rag run: {report['family']} model patched, videos with memory: {len(report['videos'])}"
-                f"{'' if self.keep_cache else freed}",
+                f"{'' if self.keep_cache else freed}; {_in_words(report['config'])}",
                 file=sys.stderr,
             )
         if not any(report["used"] for report in reports):
@@ -80,3 +83,7 @@ class Run:
             with atomic_path(self.log) as partial:
                 partial.write_text(json.dumps(reports, indent=1))
         return 0
+
+
+def _in_words(config: dict[str, Any]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in config.items())
