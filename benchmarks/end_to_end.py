@@ -190,7 +190,8 @@ def measure_video(size: Size) -> dict[str, Any]:
     from longlive_rag.generation.wan_vae import StreamingDecoder
 
     model = transformer(size)
-    vae = AutoencoderKLWan(**size.vae).to(device(), torch.bfloat16).eval().requires_grad_(False)
+    vae: Any = AutoencoderKLWan(**size.vae)
+    vae = vae.to(device(), torch.bfloat16).eval().requires_grad_(False)
     prompt = torch.randn(model.text_len, model.text_dim, device=device()).bfloat16()
     facts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -6,6 +6,7 @@ Uses the standard library only, since the package is not built yet when it start
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -183,7 +184,7 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 text=True,
                 errors="replace",
-                start_new_session=True,
+                preexec_fn=os.setpgrp,  # a group of its own, to be stopped whole; not a session, which might outlive us
             )
         except OSError as error:
             return 127, [str(error)]
@@ -208,6 +209,9 @@ class Runner:
                     break
                 except subprocess.TimeoutExpired:
                     pass  # after SIGKILL it hangs in the driver; leave it behind
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         reader.join(GRACE)
         return status, list(tail)
 
@@ -342,4 +346,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `finally`, which stops the step at hand
     sys.exit(main())

@@ -108,6 +108,13 @@ class Graph:
                     old.copy_(new)
 
 
+class Generator(torch.Generator):
+    """A generator of the CPU, whatever device it is asked for."""
+
+    def __new__(cls, device: object = "cpu") -> Generator:
+        return super().__new__(cls, "cpu")  # type: ignore[call-arg]
+
+
 class Event:
     """In place of `torch.cuda.Event`."""
 
@@ -181,12 +188,18 @@ def pretend() -> None:
     }
     for name, value in replaced.items():
         setattr(torch.cuda, name, value)
+    torch.Generator = Generator  # type: ignore[misc]
     compile_module = torch.nn.Module.compile
-    torch.nn.Module.compile = lambda self: compile_module(self, backend="eager")  # type: ignore[assignment, method-assign]
+
+    def compile_in_a_moment(module: torch.nn.Module) -> None:
+        compile_module(module, backend="eager")
+
+    torch.nn.Module.compile = compile_in_a_moment  # type: ignore[method-assign, assignment]
     CudaIsCpu().__enter__()
 
     from longlive_rag import native
 
+    native.capability = lambda device: (9, 0) if device.type == "cuda" else None  # type: ignore[assignment]
     native.cuda_status = lambda: native.CudaStatus(True, ("sm_90a",), True, None)
 
 
@@ -197,6 +210,6 @@ def emulated_kernels() -> Iterator[None]:
     from support import emulated
 
     extension = Extension(emulated.build())
-    native.kernels = lambda: extension  # type: ignore[assignment]
+    native.kernels = lambda: extension  # type: ignore[assignment, return-value]
     with emulated.backend(extension, hopper=True):  # type: ignore[arg-type]
         yield

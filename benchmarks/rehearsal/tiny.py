@@ -25,7 +25,10 @@ def _check_on_stand_ins() -> None:
     from longlive_rag.checking import isolated
 
     shim = str(Path(__file__).resolve().parent / "python.py")
-    isolated.check.__kwdefaults__["command"] = (sys.executable, shim, *isolated.CHILD[1:])
+    isolated.check.__kwdefaults__ = {
+        **(isolated.check.__kwdefaults__ or {}),
+        "command": (sys.executable, shim, *isolated.CHILD[1:]),
+    }
 
 
 def _shrink_bench() -> None:
