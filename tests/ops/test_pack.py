@@ -268,6 +268,17 @@ def test_pages_beyond_32_bit_offsets(device: torch.device) -> None:
     assert (k[-1] - before).abs().max() <= before.abs().max() / 127
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("bits", BITS)
+def test_the_host_does_not_wait(device: torch.device, bits: int) -> None:
+    k, v = pools(device, torch.bfloat16, 3, 2, 2, 48, 64)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.unpack(ops.pack(k, v, 1, bits), k, v, 0, bits)  # type: ignore[arg-type]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_bytes_of_a_frame() -> None:
     """The figures that the documentation gives: Wan 1.3B at 480 x 832."""
     assert ops.packed_bytes(30, 12, 1560, 128, 8) == 150_883_200
