@@ -132,7 +132,7 @@ PARTS = {
         (
             Step("info", longlive_rag("info", "--json"), 30),
             tests("attend on Hopper", 180, "tests/kernels/test_attend_variants.py", hopper=True),
-            Step("quick check", longlive_rag("check", "--quick"), 90, subcommand="check"),
+            Step("quick check", longlive_rag("check", "--quick"), 120, subcommand="check"),
         ),
     ),
     "check": Part(

@@ -1,7 +1,7 @@
 """Stands in for the interpreter in a rehearsal: `python.py -m MODULE ARGUMENTS` or `python.py FILE ARGUMENTS`.
 
 Only the packages that `gpu_plan` names can be imported, torch takes the CPU for a GPU, and sizes are tiny. The
-operations run the emulated kernels, but for whole videos their reference, since that is faster.
+operations run the emulated kernels, but in whole models PyTorch, since that is faster.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def main(arguments: list[str]) -> None:
     import tiny
 
     cpu_as_gpu.pretend()
-    whole_video = name == "benchmarks/end_to_end.py"
-    with contextlib.nullcontext() if whole_video else cpu_as_gpu.emulated_kernels():
+    whole_model = name == "benchmarks/end_to_end.py" or sys.argv[1:3] == ["bench", "block"]
+    with contextlib.nullcontext() if whole_model else cpu_as_gpu.emulated_kernels():
         if name == "pytest":
             import pytest
             import sample_tests
