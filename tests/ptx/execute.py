@@ -66,9 +66,10 @@ class Edit(NamedTuple):
     """The occurrence to be replaced; negative: from the end; None: all of them."""
 
 
-def modules() -> dict[str, dict[str, translate.Entry]]:
-    """What nvcc makes of each source file; skips the test where there is no nvcc."""
-    return {source: _entries(source) for source in ARCHITECTURES}
+@functools.cache
+def kernels(source: str) -> dict[str, translate.Entry]:
+    """The kernels that nvcc makes of a source file, by name; skips the test where there is no nvcc."""
+    return translate.entries(_ptx(source).read_text())
 
 
 def build(*sources: str, edit: Edit | None = None) -> ModuleType:
@@ -98,15 +99,15 @@ def _library(sources: tuple[str, ...], edit: Edit | None) -> Path:
     compiler = emulated._compiler()
     pybind11 = pytest.importorskip("pybind11", reason="the kernels are bound with pybind11")
     binding = [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
-    kernels = [entry for source in sources for entry in _entries(source).values()]
+    entries = [entry for source in sources for entry in kernels(source).values()]
     if edit:
-        kernels = [_edited(entry, edit) for entry in kernels if edit.kernel in entry.name]
-        assert len(kernels) == 1, f"{edit.kernel} names {len(kernels)} kernels, expected one"
+        entries = [_edited(entry, edit) for entry in entries if edit.kernel in entry.name]
+        assert len(entries) == 1, f"{edit.kernel} names {len(entries)} kernels, expected one"
     launchers = [*sorted(CSRC.glob("cuda/*.cu")), CSRC / "bindings.cpp", _written("report", REPORT)]
     jobs: list[Callable[[], Path]] = [
         functools.partial(_compile, [*compiler, *LAUNCHER_FLAGS, *INCLUDES, *binding], file) for file in launchers
     ]
-    for entry in kernels:
+    for entry in entries:
         file = _written(entry.name, translate.translate(entry))
         jobs.append(functools.partial(_compile, [*compiler, *KERNEL_FLAGS, *INCLUDES], file))
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -116,11 +117,6 @@ def _library(sources: tuple[str, ...], edit: Edit | None) -> Path:
     if not library.exists():
         emulated._run([*compiler, "-shared", *map(str, objects), "-o"], library)
     return library
-
-
-@functools.cache
-def _entries(source: str) -> dict[str, translate.Entry]:
-    return translate.entries(_ptx(source).read_text())
 
 
 def _ptx(source: str) -> Path:

@@ -22,13 +22,13 @@ inline unsigned lane() { return simt::block->current % 32; }
 // ---- Memory ----
 
 enum Space { global, shared, param };
-using u8 = uint8_t;
-using u16 = uint16_t;
-using u32 = uint32_t;
-using s32 = int32_t;
-using f32 = uint32_t;  // registers hold bits
-using u64 = uint64_t;
-using f64 = uint64_t;
+using U8 = uint8_t;
+using U16 = uint16_t;
+using U32 = uint32_t;
+using S32 = int32_t;
+using F32 = uint32_t;  // registers hold bits
+using U64 = uint64_t;
+using F64 = uint64_t;
 
 // Where in the emulator's memory `size` bytes of an address lie.
 template <Space kSpace>

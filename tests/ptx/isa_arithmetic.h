@@ -37,13 +37,13 @@ Bits<T> bits(T x) {
 struct Sink {};
 
 // Elements of 16 bits.
-struct f16 {
+struct F16 {
   static float widen(uint16_t x) { return static_cast<float>(std::bit_cast<_Float16>(x)); }
   static uint16_t round(float x) {  // to nearest even
     return std::isnan(x) ? 0x7fff : std::bit_cast<uint16_t>(static_cast<_Float16>(x));
   }
 };
-struct bf16 {
+struct BF16 {
   static float widen(uint16_t x) { return see<float>(static_cast<uint32_t>(x) << 16); }
   static uint16_t round(float x) {
     if (std::isnan(x)) return 0x7fff;
@@ -265,16 +265,16 @@ PTX_1(cvt_rni_f32_f32, float, float, std::nearbyint(a))
 PTX_1(cvt_rni_f64_f64, double, double, std::nearbyint(a))
 PTX_1(cvt_rzi_f32_f32, float, float, std::trunc(a))
 PTX_1(cvt_rzi_s32_f32, int32_t, float, saturate(a))
-inline void cvt_f32_f16(uint32_t& d, uint16_t a) { d = bits(f16::widen(a)); }
-inline void cvt_f32_bf16(uint32_t& d, uint16_t a) { d = bits(bf16::widen(a)); }
-inline void cvt_rn_f16_f32(uint16_t& d, uint32_t a) { d = f16::round(see<float>(a)); }
-inline void cvt_rn_bf16_f32(uint16_t& d, uint32_t a) { d = bf16::round(see<float>(a)); }
+inline void cvt_f32_f16(uint32_t& d, uint16_t a) { d = bits(F16::widen(a)); }
+inline void cvt_f32_bf16(uint32_t& d, uint16_t a) { d = bits(BF16::widen(a)); }
+inline void cvt_rn_f16_f32(uint16_t& d, uint32_t a) { d = F16::round(see<float>(a)); }
+inline void cvt_rn_bf16_f32(uint16_t& d, uint32_t a) { d = BF16::round(see<float>(a)); }
 // The first operand goes to the upper half.
 template <class T>
 uint32_t round_pair(uint32_t upper, uint32_t lower) {
   return static_cast<uint32_t>(T::round(see<float>(upper))) << 16 | T::round(see<float>(lower));
 }
-inline void cvt_rn_f16x2_f32(uint32_t& d, uint32_t a, uint32_t b) { d = round_pair<f16>(a, b); }
-inline void cvt_rn_bf16x2_f32(uint32_t& d, uint32_t a, uint32_t b) { d = round_pair<bf16>(a, b); }
+inline void cvt_rn_f16x2_f32(uint32_t& d, uint32_t a, uint32_t b) { d = round_pair<F16>(a, b); }
+inline void cvt_rn_bf16x2_f32(uint32_t& d, uint32_t a, uint32_t b) { d = round_pair<BF16>(a, b); }
 
 }  // namespace ptx

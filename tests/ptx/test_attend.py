@@ -37,7 +37,7 @@ def test_every_entry(monkeypatch: pytest.MonkeyPatch) -> None:
             for dtype in HALF:
                 for head_dim in (64, 128):
                     check(make_case(CPU, dtype, frames=2, tokens=75, head_dim=head_dim, entries=2))
-    assert names == set(execute.modules()[SOURCE])
+    assert names == set(execute.kernels(SOURCE))
 
 
 @pytest.mark.parametrize("dtype", HALF)

@@ -36,7 +36,7 @@ def test_every_entry(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Non
                     check(module, make_case(dtype, head_dim=head_dim, tokens=tokens), key_tile=key_tile)
         check(module, make_case(torch.bfloat16, frames=2), key_tile=112, consumers=3)
         check(module, make_case(torch.float16, frames=2), key_tile=112, consumers=3)
-    assert names == set(execute.modules()[SOURCE])
+    assert names == set(execute.kernels(SOURCE))
 
 
 def test_schedules(module: ModuleType, order: str) -> None:

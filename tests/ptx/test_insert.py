@@ -28,4 +28,4 @@ def test_every_entry() -> None:
             elements = 128 // torch.finfo(dtype).bits  # of a vector
             for vectors in (40, 700, 1300):
                 check(torch.device("cpu"), dtype, (1, 2, 2, vectors * elements // 8, 8), 3)
-    assert names == set(execute.modules()[SOURCE])
+    assert names == set(execute.kernels(SOURCE))

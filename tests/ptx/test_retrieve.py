@@ -32,4 +32,4 @@ def test_every_entry() -> None:
             keys, inverse_norms = stored(device, dtype, 2, 210, 72)
             for k in (7, 40):
                 check(torch.randn(2, 72).to(device, dtype), keys, inverse_norms, 3, 205, k)
-    assert names == set(execute.modules()[SOURCE])
+    assert names == set(execute.kernels(SOURCE))

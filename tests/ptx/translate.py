@@ -229,14 +229,14 @@ def _call(instruction: Instruction, parameters: dict[str, str], registers: set[s
         assert not unknown, f"{opcode}: {unknown}"
         data, address = (operands[0], operands[1]) if name == "ld" else (operands[1], operands[0])
         data = data.removeprefix("registers(").removesuffix(")")
-        return f"{name}<{space}, {kind}>({address}, {data});"
+        return f"{name}<{space}, {kind.upper()}>({address}, {data});"
     if opcode.startswith("wgmma.mma_async.sync.aligned."):
         shape, _, kind, _ = modifiers[3:]
         columns = re.fullmatch(r"m64n(\d+)k16", shape)
         assert columns, opcode
-        return f"wgmma_mma_async_m64k16<{columns[1]}, {kind}>({', '.join(operands)});"
+        return f"wgmma_mma_async_m64k16<{columns[1]}, {kind.upper()}>({', '.join(operands)});"
     if opcode.startswith("mma.sync.aligned.m16n8k16.row.col.f32."):
-        return f"mma_sync_m16n8k16<{modifiers[-2]}>({', '.join(operands)});"
+        return f"mma_sync_m16n8k16<{modifiers[-2].upper()}>({', '.join(operands)});"
     arguments = ", ".join(operands)
     if name == "mov" and "{" in "".join(instruction.operands):
         name = "unpack" if instruction.operands[0].startswith("{") else "pack"
