@@ -32,7 +32,7 @@ def test_every_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both head sizes and both tiles in each dtype: tails, straddled frames, unused entries, poisoned pages."""
     module = execute.build(SOURCE)
     with emulated.backend(module), execute.executed(module) as names:
-        for kilobytes in ("164", "100"):  # shared memory of a multiprocessor: room for tiles of 64, or of 32
+        for kilobytes in ("164", "60"):  # of shared memory on a multiprocessor: room for tiles of 64, or of 32
             monkeypatch.setenv("SIMT_SHARED_KB", kilobytes)
             for dtype in HALF:
                 for head_dim in (64, 128):
