@@ -36,6 +36,8 @@ ARCHITECTURES = {
 }
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
 KERNEL_FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", *WARNINGS]
+# Of a faulty kernel little is run.
+FAULTY_FLAGS = [flag.replace("-O1", "-O0") for flag in KERNEL_FLAGS]
 # Without optimisation, so that the compiler knows nothing of the C++ bodies in whose place the PTX runs.
 LAUNCHER_FLAGS = [
     *["-std=c++20", "-O0", "-fPIC", "-fvisibility=hidden", *WARNINGS],
@@ -57,8 +59,10 @@ extern "C" __attribute__((visibility("default"))) const char* ptx_executed() {
 
 
 class Edit(NamedTuple):
-    """A fault in the PTX of one kernel: its name's part, a regular expression, and what stands there instead."""
+    """A fault in the PTX of one kernel: the source file, a part of the kernel's name, a regular expression, and what
+    stands there instead."""
 
+    source: str
     kernel: str
     pattern: str
     replacement: str
@@ -69,16 +73,29 @@ class Edit(NamedTuple):
 @functools.cache
 def kernels(source: str) -> dict[str, translate.Entry]:
     """The kernels that nvcc makes of a source file, by name; skips the test where there is no nvcc."""
-    return translate.entries(_ptx(source).read_text())
+    return translate.entries(_ptx()[source].read_text())
 
 
-def build(*sources: str, edit: Edit | None = None) -> ModuleType:
-    """Compile and import the extension with the kernels of the source files (`cuda/insert.cu`), or, with an edit, with
-    the edited kernel alone. A launch of any other kernel raises RuntimeError.
+@functools.cache
+def build(source: str) -> ModuleType:
+    """Compile and import the extension with the kernels of a source file (`cuda/insert.cu`). A launch of any other
+    raises RuntimeError.
 
     Skips the test where there is no nvcc, no C++ compiler or no pybind11.
     """
-    return emulated._load(_library(sources, edit))
+    objects = _parallel([_kernel(entry, KERNEL_FLAGS) for entry in kernels(source).values()])
+    return emulated._load(_library(objects))
+
+
+def build_edited(edits: list[Edit]) -> list[ModuleType]:
+    """For each edit the extension with the edited kernel alone."""
+    jobs = []
+    for edit in edits:
+        (entry,) = (entry for entry in kernels(edit.source).values() if edit.kernel in entry.name)
+        jobs.append(_kernel(_edited(entry, edit), FAULTY_FLAGS))
+    objects = _parallel(jobs)
+    libraries = _parallel([functools.partial(_library, [file]) for file in objects])
+    return [emulated._load(library) for library in libraries]
 
 
 @contextlib.contextmanager
@@ -94,42 +111,72 @@ def executed(module: ModuleType) -> Iterator[set[str]]:
         names.update(report().decode().split())
 
 
+def _parallel(jobs: list[Callable[[], Path]]) -> list[Path]:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(lambda job: job(), jobs))
+
+
+def _kernel(entry: translate.Entry, flags: list[str]) -> Callable[[], Path]:
+    """The job of compiling a kernel."""
+    headers = _precompiled(tuple(flags))
+    command = [*emulated._compiler(), *flags, f"-I{headers}", *INCLUDES]
+    file = _written(entry.name, translate.translate(entry))
+    return functools.partial(_object, command, file, _digest(file, text=headers.name))
+
+
 @functools.cache
-def _library(sources: tuple[str, ...], edit: Edit | None) -> Path:
-    compiler = emulated._compiler()
+def _precompiled(flags: tuple[str, ...]) -> Path:
+    """A folder with the compiled header of all instructions, which is most of what a small kernel takes."""
+    command = [*emulated._compiler(), *flags, *INCLUDES]
+    header = HERE / "isa_wgmma.h"
+    folder = CACHE / f"headers_{_digest(*_dependencies(command, header), text=shlex.join(command))}"
+    if not folder.exists():
+        partial = folder.with_suffix(f".{os.getpid()}")
+        partial.mkdir(parents=True)
+        emulated._run([*command, "-x", "c++-header", str(header), "-o"], partial / "isa_wgmma.h.gch")
+        partial.rename(folder)
+    return folder
+
+
+@functools.cache
+def _launchers() -> list[Path]:
+    """The launchers and the binding, and what tells which kernels ran."""
     pybind11 = pytest.importorskip("pybind11", reason="the kernels are bound with pybind11")
     binding = [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
-    entries = [entry for source in sources for entry in kernels(source).values()]
-    if edit:
-        entries = [_edited(entry, edit) for entry in entries if edit.kernel in entry.name]
-        assert len(entries) == 1, f"{edit.kernel} names {len(entries)} kernels, expected one"
-    launchers = [*sorted(CSRC.glob("cuda/*.cu")), CSRC / "bindings.cpp", _written("report", REPORT)]
-    jobs: list[Callable[[], Path]] = [
-        functools.partial(_compile, [*compiler, *LAUNCHER_FLAGS, *INCLUDES, *binding], file) for file in launchers
-    ]
-    for entry in entries:
-        file = _written(entry.name, translate.translate(entry))
-        jobs.append(functools.partial(_compile, [*compiler, *KERNEL_FLAGS, *INCLUDES], file))
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        objects = list(pool.map(lambda job: job(), jobs))
-    objects.append(_compile([*compiler, *LAUNCHER_FLAGS, *INCLUDES], _written("missing", _missing(objects))))
+    command = [*emulated._compiler(), *LAUNCHER_FLAGS, *INCLUDES, *binding]
+    files = [*sorted(CSRC.glob("cuda/*.cu")), CSRC / "bindings.cpp", _written("report", REPORT)]
+    return _parallel([functools.partial(_compile, command, file) for file in files])
+
+
+def _library(compiled: list[Path]) -> Path:
+    objects = [*_launchers(), *compiled]
+    command = [*emulated._compiler(), *LAUNCHER_FLAGS, *INCLUDES]
+    objects.append(_compile(command, _written("missing", _missing(objects))))
     library = CACHE / f"_C_{_digest(*objects)}.so"
     if not library.exists():
-        emulated._run([*compiler, "-shared", *map(str, objects), "-o"], library)
+        emulated._run([*emulated._compiler(), "-shared", *map(str, objects), "-o"], library)
     return library
 
 
-def _ptx(source: str) -> Path:
+@functools.cache
+def _ptx() -> dict[str, Path]:
+    """The PTX of each source file; all are made at once."""
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None:
         pytest.skip("no nvcc to make PTX with")
-    command = [nvcc, "-std=c++20", f"-I{CSRC}", f"-arch={ARCHITECTURES[source]}"]
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    files = sorted(CSRC.glob("c*/**/*.*h")) + [CSRC / source]
-    target = CACHE / f"{Path(source).stem}_{_digest(*files, text=version + shlex.join(command))}.ptx"
-    if not target.exists():
-        emulated._run([*command, "-ptx", str(CSRC / source), "-o"], target)
-    return target
+    headers = sorted(file for folder in ("core", "cuda") for file in (CSRC / folder).glob("**/*.*h"))
+
+    def make(source: str) -> Path:
+        command = [nvcc, "-std=c++20", f"-I{CSRC}", f"-arch={ARCHITECTURES[source]}", "-ptx", str(CSRC / source)]
+        digest = _digest(*headers, CSRC / source, text=version + shlex.join(command))
+        target = CACHE / f"{Path(source).stem}_{digest}.ptx"
+        if not target.exists():
+            emulated._run([*command, "-o"], target)
+        return target
+
+    made = _parallel([functools.partial(make, source) for source in ARCHITECTURES])
+    return dict(zip(ARCHITECTURES, made, strict=True))
 
 
 def _edited(entry: translate.Entry, edit: Edit) -> translate.Entry:
@@ -167,12 +214,20 @@ def _missing(objects: list[Path]) -> str:
 
 
 def _compile(command: list[str], file: Path) -> Path:
-    command = [*command, "-x", "c++"]
-    listing = subprocess.run([*command, "-MM", str(file)], capture_output=True, text=True, check=True).stdout
-    dependencies = [Path(name) for name in listing.replace("\\\n", " ").split()[1:]]
-    target = CACHE / f"{file.stem[:120]}_{_digest(*dependencies, text=shlex.join(command))}.o"
+    return _object(command, file, _digest(*_dependencies(command, file), text=shlex.join(command)))
+
+
+def _dependencies(command: list[str], file: Path) -> list[Path]:
+    """The file and all that it includes, but for the system's headers."""
+    command = [*command, "-MM", "-x", "c++", str(file)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [Path(name) for name in listing.replace("\\\n", " ").split()[1:]]
+
+
+def _object(command: list[str], file: Path, digest: str) -> Path:
+    target = CACHE / f"{file.stem[:120]}_{digest}.o"
     if not target.exists():
-        emulated._run([*command, "-c", str(file), "-o"], target)
+        emulated._run([*command, "-x", "c++", "-c", str(file), "-o"], target)
     return target
 
 

@@ -1,7 +1,7 @@
-// The instructions of PTX that nvcc uses for the kernels of this project, up to sm_80, as functions of C++; written
-// from the PTX ISA (9.0) alone, as a second witness beside csrc/emulator and the host parts of csrc/cuda/ptx. The
-// translation (translate.py) calls the function of an instruction's name with registers, which hold bits, by
-// reference. Fibers, barriers and queues of late copies are the emulator's.
+// The instructions of PTX that nvcc uses for the kernels of this project, up to sm_80, as functions of C++;
+// written from the PTX ISA (9.0) alone, as a second witness beside csrc/emulator and the host parts of
+// csrc/cuda/ptx. The translation (translate.py) calls the function of an instruction's name with registers,
+// which hold bits, by reference. Fibers, barriers and queues of late copies are the emulator's.
 //
 // Where the ISA leaves room, the executor takes what is worst for the program: approximations are off by all
 // they may be, tensor cores truncate, undefined registers are NaN, copies land at the last moment. Misaligned
@@ -191,9 +191,10 @@ inline void bar_sync(uint32_t id) { barrier_cta_sync_aligned(id, blockDim.x * bl
 
 // ---- cp.async ----
 
-// Copies `source_bytes` of 16 and writes zeros over the rest. What the source holds now or later is copied: it
-// lands when the thread waits for its group.
-inline void cp_async_cg_shared_global_L2_128B(uint32_t to, uint64_t from, uint32_t bytes, uint32_t source_bytes) {
+// Copies `source_bytes` of 16 and writes zeros over the rest. What the source holds now or later is copied:
+// it lands when the thread waits for its group.
+inline void cp_async_cg_shared_global_L2_128B(uint32_t to, uint64_t from, uint32_t bytes,
+                                              uint32_t source_bytes) {
   if (bytes != 16) fault("cp.async.cg copies 16 bytes");
   if (source_bytes > bytes) fault("cp.async: more source bytes than bytes");
   unsigned char* target = locate<shared>(to, 16);
@@ -216,8 +217,8 @@ std::array<R*, 1 + sizeof...(Others)> registers(R& r, Others&... others) {
   return {&r, &others...};
 }
 
-// Threads 8 i to 8 i + 7 hold the addresses of the rows of matrix i. Thread t receives of each matrix elements
-// t % 4 * 2 and the next of row t / 4; .trans: of the transposed matrix.
+// Threads 8 i to 8 i + 7 hold the addresses of the rows of matrix i. Thread t receives of each matrix
+// elements t % 4 * 2 and the next of row t / 4; .trans: of the transposed matrix.
 inline void ldmatrix_x4(const Registers<4>& d, uint32_t address, bool transposed) {
   struct Operands {
     unsigned line;
@@ -254,16 +255,19 @@ inline float truncate_to_float(double x) {
 
 // d [16, 8] = a [16, 16] b [16, 8] + c. The tables of the ISA ("Matrix fragments for mma.m16n8k16"), with
 // group = lane / 4 and member = lane % 4: of A, element i is in row group (i < 2 or 4 <= i < 6) or group + 8
-// and column member * 2 + (i & 1), 8 more from i = 4 on; of B, row member * 2 + (i & 1), 8 more from i = 2 on,
-// and column group; of C and D, row group (i < 2) or group + 8, column member * 2 + (i & 1).
+// and column member * 2 + (i & 1), 8 more from i = 4 on; of B, row member * 2 + (i & 1), 8 more from i = 2
+// on, and column group; of C and D, row group (i < 2) or group + 8, column member * 2 + (i & 1).
 template <class T>
-void mma_sync_m16n8k16(const Registers<4>& d, const Registers<4>& a, const Registers<2>& b, const Registers<4>& c) {
+void mma_sync_m16n8k16(const Registers<4>& d, const Registers<4>& a, const Registers<2>& b,
+                       const Registers<4>& c) {
   struct Operands {
     unsigned line;
     uint32_t a[4], b[2], c[4], d[4];
   } mine{0, {*a[0], *a[1], *a[2], *a[3]}, {*b[0], *b[1]}, {*c[0], *c[1], *c[2], *c[3]}, {}};
   aligned<32>("mma.sync", mine, [](Operands* const* all) {
-    const auto half = [](const uint32_t* r, int i) { return T::widen(static_cast<uint16_t>(r[i / 2] >> (i % 2 * 16))); };
+    const auto half = [](const uint32_t* r, int i) {
+      return T::widen(static_cast<uint16_t>(r[i / 2] >> (i % 2 * 16)));
+    };
     double A[16][16], B[16][8];
     for (int thread = 0; thread < 32; ++thread) {
       const int group = thread / 4, member = thread % 4;

@@ -132,8 +132,12 @@ T insert_bits(T a, T b, uint32_t position, uint32_t length) {
   }
   return b;
 }
-inline void bfi_b32(uint32_t& d, uint32_t a, uint32_t b, uint32_t c, uint32_t e) { d = insert_bits(a, b, c, e); }
-inline void bfi_b64(uint64_t& d, uint64_t a, uint64_t b, uint32_t c, uint32_t e) { d = insert_bits(a, b, c, e); }
+inline void bfi_b32(uint32_t& d, uint32_t a, uint32_t b, uint32_t c, uint32_t e) {
+  d = insert_bits(a, b, c, e);
+}
+inline void bfi_b64(uint64_t& d, uint64_t a, uint64_t b, uint32_t c, uint32_t e) {
+  d = insert_bits(a, b, c, e);
+}
 
 // ---- Floating point: round to nearest even, subnormal numbers kept unless .ftz ----
 
@@ -184,12 +188,12 @@ PTX_1(rsqrt_approx_f32, float, float, off_by(1.0 / std::sqrt(double(a)), 0x1.1p-
 
 // ---- Comparison and selection ----
 
-#define PTX_SETP(KIND, T)                                                                              \
-  inline void setp_eq_##KIND(bool& p, Bits<T> a, Bits<T> b) { p = see<T>(a) == see<T>(b); }              \
-  inline void setp_ne_##KIND(bool& p, Bits<T> a, Bits<T> b) { p = see<T>(a) != see<T>(b); }              \
-  inline void setp_lt_##KIND(bool& p, Bits<T> a, Bits<T> b) { p = see<T>(a) < see<T>(b); }               \
-  inline void setp_le_##KIND(bool& p, Bits<T> a, Bits<T> b) { p = see<T>(a) <= see<T>(b); }              \
-  inline void setp_gt_##KIND(bool& p, Bits<T> a, Bits<T> b) { p = see<T>(a) > see<T>(b); }               \
+#define PTX_SETP(KIND, T)                                                                   \
+  inline void setp_eq_##KIND(bool& p, Bits<T> a, Bits<T> b) { p = see<T>(a) == see<T>(b); } \
+  inline void setp_ne_##KIND(bool& p, Bits<T> a, Bits<T> b) { p = see<T>(a) != see<T>(b); } \
+  inline void setp_lt_##KIND(bool& p, Bits<T> a, Bits<T> b) { p = see<T>(a) < see<T>(b); }  \
+  inline void setp_le_##KIND(bool& p, Bits<T> a, Bits<T> b) { p = see<T>(a) <= see<T>(b); } \
+  inline void setp_gt_##KIND(bool& p, Bits<T> a, Bits<T> b) { p = see<T>(a) > see<T>(b); }  \
   inline void setp_ge_##KIND(bool& p, Bits<T> a, Bits<T> b) { p = see<T>(a) >= see<T>(b); }
 PTX_SETP(s16, int16_t)
 PTX_SETP(s32, int32_t)
@@ -198,14 +202,14 @@ PTX_SETP(b32, uint32_t)
 PTX_SETP(s64, int64_t)
 PTX_SETP(u64, uint64_t)
 // Of NaN the ordered comparisons are false, the unordered ones (..u) true.
-#define PTX_SETP_F32(ORDERED, UNORDERED, OPERATOR)                                                            \
-  inline void setp_##ORDERED##_f32(bool& p, uint32_t x, uint32_t y) {                                         \
-    const float a = see<float>(x), b = see<float>(y);                                                         \
-    p = !std::isnan(a) && !std::isnan(b) && a OPERATOR b;                                                     \
-  }                                                                                                           \
-  inline void setp_##UNORDERED##_f32(bool& p, uint32_t x, uint32_t y) {                                       \
-    const float a = see<float>(x), b = see<float>(y);                                                         \
-    p = std::isnan(a) || std::isnan(b) || a OPERATOR b;                                                       \
+#define PTX_SETP_F32(ORDERED, UNORDERED, OPERATOR)                      \
+  inline void setp_##ORDERED##_f32(bool& p, uint32_t x, uint32_t y) {   \
+    const float a = see<float>(x), b = see<float>(y);                   \
+    p = !std::isnan(a) && !std::isnan(b) && a OPERATOR b;               \
+  }                                                                     \
+  inline void setp_##UNORDERED##_f32(bool& p, uint32_t x, uint32_t y) { \
+    const float a = see<float>(x), b = see<float>(y);                   \
+    p = std::isnan(a) || std::isnan(b) || a OPERATOR b;                 \
   }
 PTX_SETP_F32(eq, equ, ==)
 PTX_SETP_F32(ne, neu, !=)

@@ -102,7 +102,8 @@ inline void mbarrier_init_shared_cta_b64(uint32_t address, uint32_t count) {
   std::memcpy(locate<shared>(address, 8), &mark, 8);
   hopper().barriers[address] = {count, count};
 }
-// Makes the initialisations of the calling thread (which all barriers here are initialised by) visible to copies.
+// Makes the initialisations of the calling thread (which all barriers here are initialised by) visible to
+// copies.
 inline void fence_mbarrier_init_release_cluster() {
   for (auto& [address, barrier] : hopper().barriers) barrier.is_visible = true;
 }
@@ -130,8 +131,8 @@ inline void mbarrier_arrive_expect_tx_shared_cta_b64(Sink& sink, uint32_t addres
   mbarrier_arrive_shared_cta_b64(sink, address);
 }
 // True if the phase of this parity is complete: the current one never is; the one before it always.
-// Asynchronous copies that report to the barrier land now, when somebody asks. The instruction may give up after
-// a while, and does so once before it waits for as long as it takes.
+// Asynchronous copies that report to the barrier land now, when somebody asks. The instruction may give up
+// after a while, and does so once before it waits for as long as it takes.
 inline void mbarrier_try_wait_parity_shared_cta_b64(bool& complete, uint32_t address, uint32_t parity) {
   mbarrier(address);
   const auto is_complete = [address, parity, state = &hopper()] {
@@ -181,10 +182,11 @@ inline const TensorMap& tensor_map(uint64_t address) {
 inline void prefetch_tensormap(uint64_t address) { tensor_map(address); }
 
 // The box goes to shared memory element by element, the first dimension the fastest, each 16-byte chunk of a
-// 128-byte line in the place that is its number exclusive-or the line's modulo 8 (swizzle 128B). Coordinates are
-// signed; outside of the tensor there are zeros. The barrier is told of the whole box.
-inline void cp_async_bulk_tensor_5d_shared_cluster_global_mbarrier_complete_tx_bytes(uint32_t to, const Box& box,
-                                                                                    uint32_t barrier) {
+// 128-byte line in the place that is its number exclusive-or the line's modulo 8 (swizzle 128B). Coordinates
+// are signed; outside of the tensor there are zeros. The barrier is told of the whole box.
+inline void cp_async_bulk_tensor_5d_shared_cluster_global_mbarrier_complete_tx_bytes(uint32_t to,
+                                                                                     const Box& box,
+                                                                                     uint32_t barrier) {
   const TensorMap& map = tensor_map(box.map);
   if (!mbarrier(barrier).is_visible) fault("a copy uses an mbarrier without fence.mbarrier_init");
   uint32_t elements = 1;
@@ -194,28 +196,27 @@ inline void cp_async_bulk_tensor_5d_shared_cluster_global_mbarrier_complete_tx_b
   if (to < kSharedBase || to + bytes > kSharedBase + shared_bytes) fault("a tensor copy past shared memory");
   std::memset(simt::block->shared + (to - kSharedBase), simt::kPoison, bytes);
   hopper().copies.push_back({barrier, bytes, [&map, box, to, elements] {
-    for (uint32_t i = 0; i < elements; ++i) {
-      uint32_t rest = i;
-      const unsigned char* from = map.base;
-      bool is_inside = true;
-      for (int d = 0; d < 5; ++d) {
-        const int64_t at = int64_t(static_cast<int32_t>(box.corner[d])) + rest % map.box[d];
-        rest /= map.box[d];
-        is_inside = is_inside && at >= 0 && at < int64_t(map.size[d]);
-        from += at * int64_t(d == 0 ? map.element : map.stride[d - 1]);
-      }
-      const uint32_t plain = to + i * map.element;
-      const uint32_t line_of_8 = plain / 128 % 8, chunk = plain / 16 % 8;
-      const uint32_t swizzled = plain - chunk * 16 + (chunk ^ line_of_8) * 16;
-      unsigned char* target = simt::block->shared + (swizzled - kSharedBase);
-      if (is_inside)
-        std::memcpy(target, from, map.element);
-      else
-        std::memset(target, 0, map.element);
-    }
-  }});
+                               for (uint32_t i = 0; i < elements; ++i) {
+                                 uint32_t rest = i;
+                                 const unsigned char* from = map.base;
+                                 bool is_inside = true;
+                                 for (int d = 0; d < 5; ++d) {
+                                   const int64_t at =
+                                       int64_t(static_cast<int32_t>(box.corner[d])) + rest % map.box[d];
+                                   rest /= map.box[d];
+                                   is_inside = is_inside && at >= 0 && at < int64_t(map.size[d]);
+                                   from += at * int64_t(d == 0 ? map.element : map.stride[d - 1]);
+                                 }
+                                 const uint32_t plain = to + i * map.element;
+                                 const uint32_t line_of_8 = plain / 128 % 8, chunk = plain / 16 % 8;
+                                 const uint32_t swizzled = plain - chunk * 16 + (chunk ^ line_of_8) * 16;
+                                 unsigned char* target = simt::block->shared + (swizzled - kSharedBase);
+                                 if (is_inside)
+                                   std::memcpy(target, from, map.element);
+                                 else
+                                   std::memset(target, 0, map.element);
+                               }
+                             }});
 }
 
 }  // namespace ptx
-
-#include "isa_wgmma.h"

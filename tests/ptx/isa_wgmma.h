@@ -1,10 +1,13 @@
-// wgmma, the matrix product of a warpgroup; see isa_sm90.h.
-#pragma once
+// wgmma, the matrix product of a warpgroup; see isa_sm90.h. The last of the instructions: a translated kernel
+// includes this file, and with it all others.
+#ifndef PTX_ISA_WGMMA_H  // not #pragma once: the file is compiled by itself
+#define PTX_ISA_WGMMA_H
 #include "isa_sm90.h"
 
 namespace ptx {
 
-// The translation calls it where an instruction other than wgmma reads or writes a register that is a product's.
+// The translation calls it where an instruction other than wgmma reads or writes a register that is a
+// product's.
 inline void wgmma_registers_accessed() { hopper_thread().accessed = true; }
 inline void wgmma_fence_sync_aligned() {
   converge("wgmma.fence");
@@ -19,8 +22,8 @@ inline void wgmma_wait_group_sync_aligned(unsigned pending) {
   simt::current_thread().products.wait(pending);
 }
 
-// "Matrix descriptor format" and "Canonical layouts", for 16-bit elements. A pattern is a group of eight lines of
-// 16, 32, 64 or 128 bytes; in it, 16-byte chunks are permuted by address bits.
+// "Matrix descriptor format" and "Canonical layouts", for 16-bit elements. A pattern is a group of eight
+// lines of 16, 32, 64 or 128 bytes; in it, 16-byte chunks are permuted by address bits.
 class Descriptor {
  public:
   explicit Descriptor(uint64_t bits)
@@ -30,14 +33,14 @@ class Descriptor {
     if ((bits >> 49 & 7) != 0) fault("wgmma: a base offset other than zero is not modelled");
   }
 
-  // K-major, ((8, m), (T, 2 k)) : ((line, stride), (1, T)): a row is a line; without swizzle its two chunks are
-  // `leading` apart.
+  // K-major, ((8, m), (T, 2 k)) : ((line, stride), (1, T)): a row is a line; without swizzle its two chunks
+  // are `leading` apart.
   uint16_t k_major(uint32_t row, uint32_t k) const {
     const uint32_t chunk = line_ == 16 ? k / 8 * leading_ : k / 8 * 16;
     return read(row % 8 * line_ + row / 8 * stride_ + chunk + k % 8 * 2);
   }
-  // MN-major, ((T, line / T, m), (8, k)) : ((1, T, leading), (line, stride)): a line is part of a column. Without
-  // swizzle the two offsets change places.
+  // MN-major, ((T, line / T, m), (8, k)) : ((1, T, leading), (line, stride)): a line is part of a column.
+  // Without swizzle the two offsets change places.
   uint16_t mn_major(uint32_t row, uint32_t k) const {
     const uint32_t wide = line_ / 2;  // elements
     const uint32_t along = line_ == 16 ? stride_ : leading_, across = line_ == 16 ? leading_ : stride_;
@@ -67,15 +70,18 @@ struct Product {
   std::vector<float> rows;  // of A [64, 16], once all threads have come
 };
 
-// Fragments as the ISA's tables have them ("Register fragments for wgmma.mma_async.m64nNk16"): warp w has rows
-// 16 w to 16 w + 15, arranged as for mma.m16n8k16; D is a row of such arrangements of 8 columns.
-inline uint32_t fragment_row(uint32_t thread, uint32_t i) { return thread / 32 * 16 + thread % 32 / 4 + (i & 2) * 4; }
+// Fragments as the ISA's tables have them ("Register fragments for wgmma.mma_async.m64nNk16"): warp w has
+// rows 16 w to 16 w + 15, arranged as for mma.m16n8k16; D is a row of such arrangements of 8 columns.
+inline uint32_t fragment_row(uint32_t thread, uint32_t i) {
+  return thread / 32 * 16 + thread % 32 / 4 + (i & 2) * 4;
+}
 inline uint32_t fragment_column(uint32_t thread, uint32_t i) { return i / 4 * 8 + thread % 4 * 2 + (i & 1); }
 
-// What the product adds to each of the calling thread's accumulators. Operands in shared memory are read when it
-// is called.
+// What the product adds to each of the calling thread's accumulators. Operands in shared memory are read when
+// it is called.
 template <int kColumns, class T>
-void multiply(std::vector<float>& d, uint32_t thread, const Product& p, bool b_is_mn_major, bool a_is_mn_major) {
+void multiply(std::vector<float>& d, uint32_t thread, const Product& p, bool b_is_mn_major,
+              bool a_is_mn_major) {
   const Descriptor b(p.b_matrix), a(p.a_matrix);
   const auto row_of_a = [&](uint32_t row, uint32_t k) {
     if (!p.rows.empty()) return p.rows[row * 16 + k];
@@ -128,7 +134,8 @@ void issue(const Registers<kColumns / 2>& d, Product mine, bool b_is_mn_major, b
   simt::current_thread().products.post(
       [d, mine, issued, thread, b_is_mn_major, a_is_mn_major, state = &hopper_thread()] {
         for (size_t i = 0; i < issued.size(); ++i)
-          if (*mine.a[i] != issued[i]) fault("wgmma: a register of A was written while its product was under way");
+          if (*mine.a[i] != issued[i])
+            fault("wgmma: a register of A was written while its product was under way");
         Accumulators& accumulators = state->accumulators[d[0]];
         multiply<kColumns, T>(accumulators.value, thread, mine, b_is_mn_major, a_is_mn_major);
         if (--accumulators.products > 0) return;
@@ -145,8 +152,8 @@ inline void require_no_negation(int scale_a, int scale_b) {
 }
 // A and B in shared memory.
 template <int kColumns, class T>
-void wgmma_mma_async_m64k16(const Registers<kColumns / 2>& d, uint64_t a, uint64_t b, bool scale_d, int scale_a,
-                            int scale_b, int transpose_a, int transpose_b) {
+void wgmma_mma_async_m64k16(const Registers<kColumns / 2>& d, uint64_t a, uint64_t b, bool scale_d,
+                            int scale_a, int scale_b, int transpose_a, int transpose_b) {
   require_no_negation(scale_a, scale_b);
   issue<kColumns, T>(d, {0, {}, a, b, scale_d, {}}, transpose_b != 0, transpose_a != 0);
 }
@@ -159,3 +166,5 @@ void wgmma_mma_async_m64k16(const Registers<kColumns / 2>& d, const Registers<4>
 }
 
 }  // namespace ptx
+
+#endif

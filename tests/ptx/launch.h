@@ -1,5 +1,5 @@
-// A launch of a translated kernel: what the launchers of csrc/cuda, compiled over host/, hand over, and the state
-// of the executor. One translation unit holds one kernel; the state is shared by all.
+// A launch of a translated kernel: what the launchers of csrc/cuda, compiled over host/, hand over, and the
+// state of the executor. One translation unit holds one kernel; the state is shared by all.
 #pragma once
 #include <array>
 #include <bit>
@@ -28,14 +28,21 @@ struct ParameterSize {
 // The window of shared memory does not begin at zero, so that a null pointer is no address in it.
 constexpr uint32_t kSharedBase = 1024;
 
-inline unsigned line = 0;         // of the PTX, of the last instruction that may fault
-inline size_t shared_bytes = 0;   // of the launch under way
+inline unsigned line = 0;        // of the PTX, of the last instruction that may fault
+inline size_t shared_bytes = 0;  // of the launch under way
 inline uint64_t parameters_begin = 0, parameters_end = 0;
 inline uint32_t barrier_threads[16];
 inline std::set<std::string> executed;
 
 [[noreturn]] inline void fault(const std::string& what) {
   throw std::logic_error("PTX line " + std::to_string(line) + ": " + what);
+}
+// Before every instruction that may fault, wait or branch. A kernel that goes round in circles is stopped.
+inline uint64_t steps = 0;
+inline void at(unsigned of_ptx) {
+  constexpr uint64_t kMost = 200'000'000;
+  line = of_ptx;
+  if (++steps > kMost) fault("the kernel does not come to an end");
 }
 inline bool in_parameters(uint64_t address, size_t size) {
   return address >= parameters_begin && address + size <= parameters_end;
@@ -44,7 +51,7 @@ inline bool in_parameters(uint64_t address, size_t size) {
 // Runs `body` with the addresses of its parameters, of which there is one copy for all threads.
 inline void run(const char* name, const Launch& launch, const std::vector<ParameterSize>& expected,
                 unsigned max_threads, void (*body)(const uint64_t*)) {
-  line = 0;
+  line = 0, steps = 0;
   if (launch.threads > max_threads) fault(std::string(name) + ": more threads than .maxntid");
   if (launch.arguments.size() != expected.size()) fault(std::string(name) + ": wrong number of arguments");
   constexpr size_t kAlignment = 128;

@@ -1,5 +1,5 @@
-// The tensor maps of the executor: what cuTensorMapEncodeTiled (cuda.h) takes, kept as it came in the 128 bytes that
-// CUDA's opaque object has. A kernel only passes its address.
+// The tensor maps of the executor: what cuTensorMapEncodeTiled (cuda.h) takes, kept as it came in the 128
+// bytes that CUDA's opaque object has. A kernel only passes its address.
 #pragma once
 #include <cstdint>
 #include <stdexcept>
@@ -25,8 +25,8 @@ inline TensorMap encode_tensor_map(const void* base, uint64_t element, const uin
   const auto require = [](bool holds, const char* what) {
     if (!holds) throw std::invalid_argument(std::string("tensor map: ") + what);
   };
-  TensorMap map{TensorMap::kMagic, static_cast<uint32_t>(element), static_cast<const unsigned char*>(base),
-                {}, {}, {}};
+  TensorMap map{
+      TensorMap::kMagic, static_cast<uint32_t>(element), static_cast<const unsigned char*>(base), {}, {}, {}};
   require(reinterpret_cast<uintptr_t>(base) % 16 == 0, "globalAddress must be aligned to 16 bytes");
   for (int d = 0; d < 5; ++d) {
     require(size[d] >= 1 && size[d] <= 1ull << 32, "globalDim must be 1 to 2^32");
@@ -34,7 +34,8 @@ inline TensorMap encode_tensor_map(const void* base, uint64_t element, const uin
     map.size[d] = size[d], map.box[d] = box[d];
   }
   for (int d = 0; d < 4; ++d) {
-    require(stride[d] % 16 == 0 && stride[d] < 1ull << 40, "globalStrides must be multiples of 16 below 2^40");
+    require(stride[d] % 16 == 0 && stride[d] < 1ull << 40,
+            "globalStrides must be multiples of 16 below 2^40");
     map.stride[d] = stride[d];
   }
   require(box[0] * element % 16 == 0, "boxDim[0] must be a multiple of 16 bytes");

@@ -1,4 +1,4 @@
-"""attend on Hopper: nvcc's PTX for sm_90a, with tensor copies, transaction barriers and wgmma as the PTX ISA has them."""
+"""attend on Hopper: nvcc's PTX for sm_90a, with its asynchronous instructions as the PTX ISA has them."""
 
 from __future__ import annotations
 

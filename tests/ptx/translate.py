@@ -1,5 +1,5 @@
-"""PTX to C++: an instruction becomes a call of the function of its name in isa.h, a register a local variable, a label a
-label. The text is what nvcc writes with `-ptx`; the translation knows nothing of what the instructions do.
+"""PTX to C++: an instruction becomes a call of the function of its name in isa.h, a register a local variable, a label
+a label. The text is what nvcc writes with `-ptx`; the translation knows nothing of what the instructions do.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ PURE = {
     *["mov", "selp", "setp", "add", "sub", "mul", "mad", "fma", "min", "max", "shl", "shr", "and", "or", "xor", "not"],
     *["abs", "neg", "cvt", "ex2", "lg2", "rcp", "rsqrt", "sqrt", "bfi", "popc"],
 }
-"""Instructions that can neither fault nor wait; before all others the line is noted, for the report of a fault."""
+"""Instructions that can neither fault nor wait; before all others the line is noted, for the report of a fault and to
+see that the kernel ends."""
 
 
 class Parameter(NamedTuple):
@@ -81,7 +82,7 @@ def translate(entry: Entry) -> str:
             continue
         call = _call(statement, parameters, registers)
         if statement.opcode.split(".")[0] not in PURE:
-            call = f"line = {statement.line}; {call}"
+            call = f"at({statement.line}); {call}"
         if products.intersection(_names(statement)) and not statement.opcode.startswith("wgmma"):
             call = f"{call} wgmma_registers_accessed();"
         lines.append(f"if ({statement.guard}) {{ {call} }}" if statement.guard else call)
@@ -95,7 +96,7 @@ def translate(entry: Entry) -> str:
     sizes = ", ".join(f"{{{p.size}, {p.alignment}}}" for p in entry.parameters)
     body = "\n".join(["[[maybe_unused]] Sink sink;", *named, *declared, *lines])
     return (
-        '#include "isa.h"\n#include "isa_sm90.h"\nusing namespace ptx;\n'
+        '#include "isa_wgmma.h"\nusing namespace ptx;\n'
         f"static void body([[maybe_unused]] const uint64_t* parameters) {{\n{body}\n}}\n"
         f'extern "C" void {entry.name}(const Launch& launch) {{\n'
         f'  run("{entry.name}", launch, {{{sizes}}}, {entry.max_threads}, body);\n}}\n'
@@ -195,7 +196,9 @@ def _call(instruction: Instruction, parameters: dict[str, str], registers: set[s
             return "sink"
         if operand.startswith("[") and "{" in operand:  # of a tensor: the map's address and coordinates
             base, coordinates = operand[1:-1].split(",", 1)
-            return f"Box{{{value(base.strip())}, {{{', '.join(map(value, _split(coordinates.strip()[1:-1])))}}}}}"
+            return (
+                f"Box{{{value(f'[{base.strip()}]')}, {{{', '.join(map(value, _split(coordinates.strip()[1:-1])))}}}}}"
+            )
         if operand.startswith("["):
             base, _, offset = operand[1:-1].partition("+")
             return f"{value(base)} + ({offset})" if offset else value(base)

@@ -1,5 +1,6 @@
-// In place of csrc/cuda/platform.cuh where the launchers are compiled for translated PTX: `launch` calls the kernel
-// that was made from PTX. Its symbol is that of the C++ kernel, whose own definition is weak here and thrown away.
+// In place of csrc/cuda/platform.cuh where the launchers are compiled for translated PTX: `launch` calls the
+// kernel that was made from PTX. Its symbol is that of the C++ kernel, whose own definition is weak here and
+// thrown away.
 #pragma once
 #include "emulator/cuda_names.h"
 #include "launch.h"
@@ -18,8 +19,8 @@ Plan& shared_memory() {
 }
 
 template <class... Parameters>
-void launch(const char*, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t,
-            const Parameters&... parameters) {
+void launch(const char*, void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
+            cudaStream_t, const Parameters&... parameters) {
   const auto translated = reinterpret_cast<void (*)(const ptx::Launch&)>(reinterpret_cast<void*>(kernel));
   translated({grid,
               static_cast<unsigned>(threads),

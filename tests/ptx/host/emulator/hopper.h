@@ -1,5 +1,5 @@
-// In place of csrc/emulator/hopper.h where the launchers are compiled for translated PTX: tensor maps of the size that
-// CUDA's have, and the names that the C++ bodies use, which are never run.
+// In place of csrc/emulator/hopper.h where the launchers are compiled for translated PTX: tensor maps of the
+// size that CUDA's have, and the names that the C++ bodies use, which are never run.
 #pragma once
 #include "emulator/cuda_names.h"
 #include "tensor_map.h"
