@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,6 +37,7 @@ ARCHITECTURES = {
 }
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]
 KERNEL_FLAGS = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", *WARNINGS]
+KERNEL_FLAGS.append("-Wno-unused-label")  # an edit may take the branch away
 # Of a faulty kernel little is run.
 FAULTY_FLAGS = [flag.replace("-O1", "-O0") for flag in KERNEL_FLAGS]
 # Without optimisation, so that the compiler knows nothing of the C++ bodies in whose place the PTX runs.
@@ -45,6 +47,7 @@ LAUNCHER_FLAGS = [
     '-DLONGLIVE_RAG_CUDA_ARCHITECTURES="host"',
     "-DLONGLIVE_RAG_SM90",
 ]
+LOCK = threading.Lock()
 INCLUDES = [f"-I{HERE / 'host'}", f"-I{HERE}", f"-I{CSRC}"]
 REPORT = r"""
 #include "launch.h"
@@ -151,7 +154,8 @@ def _launchers() -> list[Path]:
 def _library(compiled: list[Path]) -> Path:
     objects = [*_launchers(), *compiled]
     command = [*emulated._compiler(), *LAUNCHER_FLAGS, *INCLUDES]
-    objects.append(_compile(command, _written("missing", _missing(objects))))
+    with LOCK:  # many edits of one kernel leave the same ones out
+        objects.append(_compile(command, _written("missing", _missing(objects))))
     library = CACHE / f"_C_{_digest(*objects)}.so"
     if not library.exists():
         emulated._run([*emulated._compiler(), "-shared", *map(str, objects), "-o"], library)
