@@ -131,7 +131,6 @@ FAULTS: dict[str, tuple[Kernel, str, str] | tuple[Kernel, str, str, int]] = {
     "hopper: registers no multiple of 8": (HOPPER, r"(setmaxnreg\.dec\S+) 24;", r"\1 28;"),
     "hopper: setmaxnreg.inc for dec": (HOPPER, r"setmaxnreg\.dec", "setmaxnreg.inc"),
     "hopper: waits not repeated": (HOPPER, r"@!done bra again;", ""),
-    "hopper: waits repeated when done": (HOPPER, r"@!done bra again;", "@done bra again;"),
     "hopper: parity of the first wait": (HOPPER, TRY_WAIT, r"\g<1>0;", 0),
     "hopper: parity of the wait for the query": (HOPPER, TRY_WAIT, r"\g<1>1;", 7),
     "hopper: parity of the wait for free keys": (HOPPER, TRY_WAIT, r"\g<1>0;", 1),
