@@ -74,10 +74,16 @@ def _in_a_process_of_its_own(checkout: Path, options: list[str], arguments: argp
 
 def run_checkout(root: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     sys.path.insert(0, str(HERE.parent))
-    from backbones.checkouts.drivers import DRIVERS
+    from backbones.checkouts.driver import Driver
     from backbones.checkouts.foreign import Sizes, enter
+    from backbones.checkouts.longlive import LongLive, LongLive2, LongLiveRAG, MemFlow
+    from backbones.checkouts.self_forcing import CausalForcing, CausVid, InfinityRoPE, Krea, RollingForcing
 
-    make = next((driver for driver in DRIVERS if driver.fits(root)), None)
+    # The first that fits counts, since most repositories have kept the files of Self-Forcing.
+    drivers: tuple[type[Driver], ...] = (
+        LongLive2, CausVid, Krea, LongLiveRAG, LongLive, MemFlow, RollingForcing, InfinityRoPE, CausalForcing, Driver,
+    )  # fmt: skip
+    make = next((driver for driver in drivers if driver.fits(root)), None)
     if make is None:
         raise SystemExit(f"{root} is no checkout of a repository that docs/backbones.md names")
     sizes = Sizes(layers=arguments.layers, heads=arguments.heads, head_dim=arguments.head_dim)

@@ -11,7 +11,7 @@ import torch
 
 from longlive_rag import RetrievalConfig, bank, patch
 from longlive_rag.backbones.find import find_transformer
-from support.causal_doubles import ATTENTIONS, LongLiveAttention, Pipeline, Transformer, Wrapper
+from support.causal_doubles import ATTENTIONS, Attention, LongLiveAttention, Pipeline, Transformer, Wrapper
 from support.tiny_videos import CONFIG, SIZES, TOKENS, generate
 
 
@@ -28,12 +28,15 @@ class InfinityAttention(LongLiveAttention):
         return self.uncached(x, kv_cache)
 
 
+def attentions_of(transformer: Transformer) -> list[Any]:
+    return [module for module in transformer.modules() if isinstance(module, Attention)]
+
+
 def pipeline_of(family: str, *, window: int | None = 12, sink: int = 1, block: int = 3, **stated: Any) -> Pipeline:
     """A pipeline that says of itself what the published ones say."""
     pipeline = Pipeline(family, **SIZES)
     vars(pipeline).update(num_frame_per_block=block, frame_seq_length=1560, **stated)
-    for block_ in pipeline.transformer.blocks:
-        attention = block_.self_attn
+    for attention in attentions_of(pipeline.transformer):
         attention.sink_size = sink
         if family == "Rolling Forcing":
             attention.frame_length, attention.block_length, attention.max_attention_size = 1560, 4680, 32760
@@ -102,8 +105,8 @@ def test_what_the_repositories_say_of_themselves(family: str, stated: dict[str, 
 
 def test_the_infinity_mode_of_longlive_is_relative() -> None:
     transformer = Transformer(InfinityAttention, **SIZES)
-    for block in transformer.blocks:
-        block.self_attn.local_attn_size, block.self_attn.sink_size = 12, 3
+    for attention in attentions_of(transformer):
+        attention.local_attn_size, attention.sink_size = 12, 3
     with patch(Wrapper(transformer), "native") as patched:
         assert patched.family == "LongLive" and patched.config.positions == "relative"
 
