@@ -13,6 +13,7 @@ from longlive_rag.backbones.find import find_transformer
 from longlive_rag.backbones.follow import Follower, Kind, check_block_length
 from longlive_rag.backbones.forwards import Forwards, is_patched
 from longlive_rag.backbones.journal import Journal
+from longlive_rag.budget import Budget
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.embedding import AveragePool, Embedding, LatentAutoencoder
 from longlive_rag.memory import Retrieval, RetrievalMemory
@@ -25,8 +26,7 @@ def patch(
     *,
     embedding: Embedding | str | os.PathLike[str] | None = None,
     selection: Selection | None = None,
-    capacity: int = 64,
-    device_frames: int | None = None,
+    budget: Budget | None = None,
     release_cache: bool = False,
 ) -> Patched:
     """Turn the attention of an existing causal video model into attention with retrieval memory.
@@ -45,9 +45,7 @@ def patch(
         embedding: of clean latent frames: an object, or the path of a retrieval autoencoder's checkpoint; default
             `AveragePool`.
         selection: which frames come back; default the most similar ones.
-        capacity: latent frames to make room for at once; pass the length of the video if it is known, to avoid copies.
-        device_frames: at most this many latent frames of each video on the GPU; older ones wait in host memory (see
-            `RetrievalMemory`).
+        budget: of each memory, in bytes (see `RetrievalMemory`); `rebuild` takes our own backbone.
         release_cache: free the keys and values of the pipeline's own cache, which nothing reads any more, the first
             time it is passed (see `Patched.released_bytes`). Families that read theirs keep it: krea realtime, whose
             pipeline goes by its size, and AnyFlow.
@@ -62,6 +60,8 @@ def patch(
         config = RetrievalConfig()
     if not isinstance(config, RetrievalConfig):
         raise TypeError(f"config must be a RetrievalConfig, got {type(config).__name__}")
+    if budget is not None and budget.rebuild:
+        raise ValueError("budget.rebuild must be False: the clean passes of a patched model cannot be run again")
     transformer = find_transformer(model)
     family = transformer.family
     if is_patched(transformer.module):
@@ -90,8 +90,7 @@ def patch(
             dtype=kind.dtype,
             embedding=embed,
             selection=selection,
-            capacity=capacity,
-            device_frames=device_frames,
+            budget=budget,
         )
 
     journal = Journal()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from longlive_rag.budget import Budget
 from longlive_rag.config import RetrievalConfig
 
 VARIABLE = "LONGLIVE_RAG_RUN"
@@ -24,7 +25,7 @@ class Settings:
     reports: Path
     """Folder for one report from each process that patched a model."""
     embedding: Path | None = None
-    device_frames: int | None = None
+    budget: Budget = field(default_factory=Budget)
     keep_cache: bool = False
 
     def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
@@ -36,10 +37,12 @@ class Settings:
     @classmethod
     def from_environment(cls) -> Settings:
         content = json.loads(os.environ[VARIABLE])
-        embedding = content.pop("embedding")
+        embedding, budget = content.pop("embedding"), content.pop("budget")
+        folder = budget.pop("folder")
         return cls(
             config=RetrievalConfig(**content.pop("config")),
             reports=Path(content.pop("reports")),
             embedding=None if embedding is None else Path(embedding),
+            budget=Budget(folder=None if folder is None else Path(folder), **budget),
             **content,
         )

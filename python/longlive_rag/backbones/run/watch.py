@@ -43,7 +43,7 @@ def _patch(module: nn.Module, settings: Settings) -> None:
             module,
             settings.config,
             embedding=settings.embedding,
-            device_frames=settings.device_frames,
+            budget=settings.budget,
             release_cache=not settings.keep_cache,
         )
     except (TypeError, ValueError, OSError) as error:
