@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_unpatch_restores_the_object_exactly(pipeline: Pipeline) -> None:
 
 
 def test_a_forward_that_was_replaced_already_comes_back(pipeline: Pipeline) -> None:
-    attention = pipeline.transformer.blocks[0].self_attn
+    attention: nn.Module = pipeline.transformer.blocks[0].self_attn
     own = attention.forward
     attention.forward = own
     with patch(pipeline, CONFIG):
@@ -116,7 +116,7 @@ def test_a_wrapper_that_is_the_transformer(pipeline: Pipeline) -> None:
     """It takes latents with the frames first, under a name of its own."""
 
     class FramesFirst(Transformer):
-        def forward(self, noisy_image_or_video: Tensor, **call: Any) -> Tensor:
+        def forward(self, noisy_image_or_video: Tensor, **call: Any) -> Tensor:  # type: ignore[override]
             x = noisy_image_or_video.transpose(1, 2)
             return super().forward(x, seq_len=0, **call).transpose(1, 2)
 
@@ -187,7 +187,7 @@ def test_a_compiled_transformer_gives_the_same_video(pipeline: Pipeline) -> None
         expected = generate(pipeline, 8)
     with patch(pipeline, CONFIG) as patched:
         cache = pipeline.cache(1, 5 * TOKENS)
-        pipeline.generator.model = torch.compile(pipeline.transformer, backend="eager")
+        pipeline.generator.model = cast(nn.Module, torch.compile(pipeline.transformer, backend="eager"))
         torch.testing.assert_close(generate(pipeline, 8, cache=cache), expected)
         assert [entry.block_start for entry in patched.retrieved] == [6, 7]
 

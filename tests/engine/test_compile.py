@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -18,7 +20,7 @@ def test_a_compiled_model_gives_the_same_video_from_one_compilation() -> None:
     noise, prompt = torch.randn(2, 14, 4, 4, 4), torch.randn(1, 4, 8)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    compiled: Any = torch.compile(model, backend=counter, fullgraph=True)
     expected, actual = rollout(model, noise, prompt, config), rollout(compiled, noise, prompt, config)
     assert [entry.frames for entry in actual.retrieved] == [entry.frames for entry in expected.retrieved]
     torch.testing.assert_close(actual.latents, expected.latents, rtol=1e-4, atol=1e-4)

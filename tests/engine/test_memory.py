@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -131,7 +132,7 @@ def test_without_memory_only_the_window_is_held() -> None:
 
 
 @pytest.mark.parametrize("positions", ["relative", "absolute"])
-def test_far_beyond_1024_frames(positions: str) -> None:
+def test_far_beyond_1024_frames(positions: Literal["relative", "absolute"]) -> None:
     """Shifting every index by the same number of frames changes nothing that depends on differences."""
     config = RetrievalConfig(
         context_frames=4, sink_frames=0, memory_frames=1, recency_guard=0, block_frames=1, positions=positions
@@ -147,7 +148,7 @@ def test_far_beyond_1024_frames(positions: str) -> None:
 
 
 @pytest.mark.parametrize("query", ["latest", "draft"])
-def test_a_device_budget_changes_nothing_but_where_pages_lie(query: str) -> None:
+def test_a_device_budget_changes_nothing_but_where_pages_lie(query: Literal["latest", "draft"]) -> None:
     config = RetrievalConfig(
         context_frames=5, sink_frames=1, memory_frames=2, recency_guard=0, block_frames=1, query=query
     )
@@ -204,7 +205,7 @@ def test_rewriting_looks_its_pages_up_once_per_pass() -> None:
         run_block(engine, start, seed=start)
     looked_up = []
     slots = engine.bank.slots
-    engine.bank.slots = lambda frames: looked_up.append(frames) or slots(frames)  # type: ignore[assignment, func-returns-value]
+    engine.bank.slots = lambda frames: looked_up.append(frames) or slots(frames)  # type: ignore[method-assign, func-returns-value]
     for layer, (_, k, v) in enumerate(draw(5, 2, 2)[0]):
         engine.rewrite(layer, range(1, 3), k, v)
         pages = engine.bank.v_pages[layer][slots(torch.tensor([[1, 2]] * 2, dtype=torch.int32)).long()]

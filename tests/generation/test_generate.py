@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from support.video_files import read_video
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-SIZES = {"dim": 128, "ffn_dim": 64, "freq_dim": 32, "text_dim": 24, "num_heads": 1, "num_layers": 2}
+SIZES: dict[str, Any] = {"dim": 128, "ffn_dim": 64, "freq_dim": 32, "text_dim": 24, "num_heads": 1, "num_layers": 2}
 # 9 latent frames, 33 pictures, too short for memory; 33 latent frames, with more candidates than memory takes.
 SHORT = ["--seconds", "8", "--fps", "4", "--height", "32", "--width", "48"]
 LONG = ["--seconds", "32", *SHORT[2:]]
@@ -95,7 +96,7 @@ def test_video_is_that_of_rollout_and_decoding_at_once(generate, parts, monkeypa
 
 
 def test_layouts_and_low_memory_do_not_change_the_video(generate, monkeypatch):
-    written = []
+    written: list[list[np.ndarray]] = []
     monkeypatch.setattr(VideoWriter, "write", lambda self, frames: written[-1].append(frames.astype(int)))
     for arguments in ({"wan": "original"}, {"wan": "diffusers"}):
         written.append([])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_streaming_yields_what_rollout_collects(model: CausalWanModel) -> None:
 
 
 def test_a_sampling_is_what_rollout_takes_apart(model: CausalWanModel) -> None:
-    settings = {"denoising_steps": (1000, 400), "timestep_shift": 3.0, "context_noise": 20.0, "seed": 7}
+    settings: dict[str, Any] = {"denoising_steps": (1000, 400), "timestep_shift": 3.0, "context_noise": 20.0, "seed": 7}
     blocks = stream(model, noise(8).split(2, dim=1), PROMPT, CONFIG, sampling=Sampling(**settings))
     result = rollout(model, noise(8), PROMPT, CONFIG, **settings)
     assert torch.equal(torch.cat([block.latents for block in blocks], dim=1), result.latents)

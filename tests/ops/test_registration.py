@@ -54,7 +54,19 @@ def attend_arguments(device: str = "cpu") -> dict[str, Any]:
     }
 
 
-ARGUMENTS = {"insert": insert_arguments, "retrieve": retrieve_arguments, "attend": attend_arguments}
+def unpack_arguments(device: str = "cpu") -> dict[str, Any]:
+    k, v = ([torch.randn(S, H, T, D, device=device) for _ in range(2)] for _ in "kv")
+    packed = torch.randint(128, (ops.packed_bytes(2, H, T, D, 8),), dtype=torch.uint8, device=device)
+    return {"packed": packed, "k_pages": k, "v_pages": v, "slot": 3, "bits": 8}
+
+
+ARGUMENTS = {
+    "insert": insert_arguments,
+    "retrieve": retrieve_arguments,
+    "attend": attend_arguments,
+    "pack": unpack_arguments,
+    "unpack": unpack_arguments,
+}
 
 
 # Every form of each schema: what is optional present and absent.
@@ -65,6 +77,8 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "retrieve": ("retrieve", {}),
     "attend": ("attend", {"lse": False}),
     "attend with lse": ("attend", {"lse": True}),
+    "pack": ("pack", {}),
+    "unpack": ("unpack", {}),
 }
 
 
