@@ -21,6 +21,9 @@ from longlive_rag.models import CausalWanModel
 from support.causal_doubles import ATTENTIONS, Attention, NativeAttentionReached, Pipeline, Transformer, Wrapper
 from support.tiny_videos import CONFIG, SIZES, TOKENS, generate, noise
 
+PAGE = 2 * SIZES["num_layers"] * TOKENS * SIZES["dim"] * 4
+"""Bytes of a latent frame's keys and values in float32."""
+
 
 def test_memory_comes_back_and_changes_the_video(pipeline: Pipeline) -> None:
     with patch(pipeline, CONFIG) as patched:

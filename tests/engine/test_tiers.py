@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -19,6 +20,7 @@ from longlive_rag.selection import OracleSelection, ReplaySelection
 from longlive_rag.tiers.disk import DiskTier
 from longlive_rag.tiers.forgetting import Redundancy
 from longlive_rag.tiers.host import HostTier, slab_bytes
+from longlive_rag.tiers.pages import frame_bytes
 from longlive_rag.tiers.transfer import AHEAD, Timeline
 
 LAYERS, HEADS, HEAD_DIM, GRID = 4, 2, 8, (2, 2)
@@ -173,7 +175,12 @@ def test_the_host_reads_what_was_retrieved_once_a_block() -> None:
     for _ in run(engine, 20):
         pass
     read: list[Tensor] = []
-    with mock.patch.object(Tensor, "cpu", lambda tensor: read.append(tensor) or tensor.clone()):
+
+    def cpu(tensor: Tensor) -> Tensor:
+        read.append(tensor)
+        return tensor.clone()
+
+    with mock.patch.object(Tensor, "cpu", cpu):
         engine.begin_block(40, 2)
     assert [tuple(tensor.shape) for tensor in read] == [(1, 2)]
 
@@ -233,13 +240,29 @@ def test_a_budget_too_small_for_a_block_says_what_it_needs() -> None:
         memory(Budget(device=6 * PAGE - 1))
 
 
+@pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.03), (4, 0.4)])
+@pytest.mark.parametrize("disk", [0, 10**7])
+def test_packed_pages_are_smaller_and_nearly_the_same(bits: Any, tolerance: float, disk: int) -> None:
+    """Values are normal numbers: a code of 8 bits is off by at most 1/64 or so of them, one of 4 bits by 1/4."""
+    host = 3 * PAGE if disk else 10**9
+    plain, packed = memory(Budget()), memory(Budget(device=8 * PAGE, host=host, disk=disk, bits=bits))
+    packed.bank.transfer.timeline = timeline = Timeline()
+    for expected, actual in zip(run(plain, 40), run(packed, 40), strict=True):
+        assert (expected - actual).abs().max() < tolerance
+    assert [entry.frames for entry in packed.retrieved] == [entry.frames for entry in plain.retrieved]
+    sizes = {"layers": LAYERS, "heads": HEADS, "tokens": TOKENS, "head_dim": HEAD_DIM, "dtype": torch.float32}
+    assert frame_bytes(**sizes, bits=bits) == packed.bank._pages.record_bytes < PAGE  # type: ignore[arg-type]
+    copies = Counter((event.action, event.frame, event.layer, str(event).count("layer")) for event in timeline)
+    assert {named for action, _, _, named in copies if action == "out"} == {0}, "all layers in one copy"
+
+
 def test_pinned_memory_may_be_refused() -> None:
     real = torch.empty
 
     def empty(*arguments: object, pin_memory: bool = False, **options: object) -> Tensor:
         if pin_memory:
             raise RuntimeError("CUDA error: out of memory\nmore lines")
-        return real(*arguments, **options)  # type: ignore[call-overload, no-any-return]
+        return real(*arguments, **options)  # type: ignore[call-overload]
 
     tier = HostTier(PAGE, 2**30, least=0, pinned=True)
     with mock.patch("torch.empty", empty), pytest.warns(UserWarning, match="pinned memory .CUDA error: out of memory"):

@@ -81,7 +81,9 @@ class DevicePool:
                 self.k_pages[layer], self.v_pages[layer] = larger
                 _expect_growth(larger)
         except torch.OutOfMemoryError:
-            self._most = before  # the layers that have grown have slots to spare
+            self._most = before
+            for pools_of in (self.k_pages, self.v_pages):  # some have grown; all have slots of the same number
+                pools_of[:] = [pool[:before] for pool in pools_of]
             return False
         self.slots = slots
         self.free[:0] = reversed(range(before, slots))

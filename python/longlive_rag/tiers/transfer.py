@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longlive_rag.tiers import Entry
-from longlive_rag.tiers.pages import Pages
+from longlive_rag.tiers.pages import ALL, Pages
 
 AHEAD = 2
 """Layers whose copies are issued before the computation reaches them. Issuing all at once would keep the host from
@@ -39,7 +39,8 @@ class Event(NamedTuple):
     def __str__(self) -> str:
         if self.action == "attend":
             return f"attend layer {self.layer}"
-        return f"copy frame {self.frame} layer {self.layer} {self.action}"
+        layer = "" if self.layer == ALL else f" layer {self.layer}"
+        return f"copy frame {self.frame}{layer} {self.action}"
 
 
 class Timeline(list[Event]):
