@@ -53,8 +53,8 @@ class Budget:
     """
 
     device: int | None = None
-    """On the device. None: on CUDA all that is free beside the weights and what a block needs to work with, without a
-    limit on a CPU."""
+    """On the device, taken at once. None: as it is needed, on CUDA up to all that is free beside the weights and what a
+    block needs to work with, without a limit on a CPU."""
     host: int | None = None
     """In host memory, pinned if the device is a GPU. None: half of what the machine has available."""
     disk: int = 0

@@ -116,7 +116,7 @@ class RetrievalMemory:
             frames=config.context_frames + config.block_frames,
             device=device,
             dtype=dtype,
-            budget=budget,
+            budget=budget if config.memory_frames else Budget(),
             written=config.block_frames,
             retrieved=config.memory_frames,
             forgetting=self._forgetting,

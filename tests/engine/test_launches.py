@@ -18,7 +18,9 @@ VIEWS = {
     "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_reshape_alias", "_unsafe_view",
 }  # fmt: skip
 """Operations that launch nothing."""
-ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided"}
+ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "promote_types"}
+TWICE = {"index", "retrieve"}
+"""Operations that convert or copy an argument first: int32 indices to int64, and queries that are not contiguous."""
 
 
 class Launches(TorchDispatchMode):
@@ -34,7 +36,7 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         name = function.name().split("::")[1].split(".")[0]
         if name not in VIEWS | ALLOCATIONS:
-            self.names.append(name)
+            self.names += [name] * (2 if name in TWICE else 1)
         return function(*arguments, **(options or {}))
 
 

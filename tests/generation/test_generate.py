@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,7 @@ def test_layouts_and_low_memory_do_not_change_the_video(generate, monkeypatch):
 
 def test_a_device_budget_does_not_change_the_video(generate, tmp_path, capsys):
     prompt = ["--prompt", "a cat"]
+    page = 2 * SIZES["num_layers"] * 2 * 3 * SIZES["dim"] * 4  # of a latent frame of 2 x 3 tokens in float32
     assert generate(*prompt, length=LONG, output="a") == 0
     assert generate(*prompt, "--device-memory", f"{12 * page}", length=LONG, output="b") == 0
     assert re.search(r"device 12 frames, .*; host 21 frames, ", capsys.readouterr().out)

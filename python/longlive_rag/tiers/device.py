@@ -14,14 +14,15 @@ workspaces of libraries, larger kernels of a later step. Unmeasured."""
 
 
 class DevicePool:
-    """Per layer two pools ``[slot, head, token, dim]``, which double when they are full, as far as they may.
+    """Per layer two pools ``[slot, head, token, dim]``.
 
-    On CUDA and without a limit, that is as far as the device has memory beside what the process was seen to need at
-    once: its weights, a block's activations, the decoder.
+    With a limit they take all of it at once, and never move. Without, they double when they are full: on CUDA as far as
+    the device has memory beside what the process was seen to need at once (weights, a block's activations, the
+    decoder), on a CPU as far as the system lets them.
 
     Args:
-        slots: to begin with.
-        limit: bytes of all pools at most; None: see above.
+        slots: to begin with, where there is no limit.
+        limit: bytes of all pools.
     """
 
     def __init__(
@@ -42,17 +43,18 @@ class DevicePool:
         self.slot_bytes = 2 * layers * heads * tokens * head_dim * dtype.itemsize
         self._most = None if limit is None else limit // self.slot_bytes
         """Slots at most, once that is known."""
-        slots = slots if self._most is None else min(slots, self._most)
+        slots = slots if self._most is None else self._most
         shape = (slots, heads, tokens, head_dim)
         try:
             self.k_pages, self.v_pages = (
                 [torch.empty(shape, device=device, dtype=dtype) for _ in range(layers)] for _ in range(2)
             )
         except torch.OutOfMemoryError as error:
+            what = "the number of videos or the size of the picture"
             raise torch.OutOfMemoryError(
-                f"the device has no room for the {format_bytes(slots * self.slot_bytes)} of keys and values that a "
-                f"block writes and sees, {format_bytes(self.slot_bytes)} for each latent frame; lower context_frames, "
-                f"the number of videos or the size of the picture ({error})"
+                f"the device has no room for {format_bytes(slots * self.slot_bytes)} of keys and values, "
+                f"{format_bytes(self.slot_bytes)} for each latent frame; lower "
+                f"{'context_frames' if limit is None else 'budget.device'}, {what} ({error})"
             ) from error
         _expect_growth([*self.k_pages, *self.v_pages])
         self.slots = slots
