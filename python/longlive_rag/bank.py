@@ -157,7 +157,7 @@ class FrameBank:
         Raises:
             ValueError: the device has too little room for that.
             MemoryError: a frame would have to be forgotten, which the budget forbids.
-            OSError: the file with a frame that it reads has vanished or was altered.
+            OSError: the file on disk does not hold a frame as it was written.
         """
         self.transfer.finish()
         self._below.settle()

@@ -60,7 +60,8 @@ class Budget:
     disk: int = 0
     """In a file."""
     folder: Path | None = None
-    """Where that file lies while it is needed; None: the folder for temporary files."""
+    """Where that file lies, without a name, while it is needed; None: the folder for temporary files, which on some
+    systems lies in memory."""
     bits: Bits = 16
     """Of each number below the device: 16, as it is (whatever the dtype), or quantised to 8 or 4."""
     rebuild: bool = False

@@ -132,13 +132,8 @@ class RetrievalMemory:
                     "budget.rebuild needs the clean pass of the model, which `stream`, `rollout` and the command "
                     "generate supply for CausalWanModel; got none"
                 )
-            self.bank.latents = LatentTier(
-                clean_pass,
-                k_pages=self.bank.k_pages,
-                v_pages=self.bank.v_pages,
-                rotation=self._rotation,
-                frequencies=self._frequencies,
-            )
+            pools = self.bank.k_pages, self.bank.v_pages
+            self.bank.latents = LatentTier(clean_pass, *pools, self._rotation, self._frequencies)
         self._plan: ContextPlan | None = None
         self._chosen: Retrieval | None = None
         # The block's choice as the host knows it.
@@ -272,7 +267,11 @@ class RetrievalMemory:
             self._unseen_passes = True
         else:
             if layer == 0 and self._cuda and torch.cuda.is_current_stream_capturing():
-                self._note_capture()
+                self._unseen_passes = True
+                if transfer.busy:
+                    raise RuntimeError(
+                        "frames are on their way to the device: run a pass of the block before its capture"
+                    )
             if transfer.busy:
                 transfer.before(layer)
             if transfer.timeline is not None:
@@ -341,14 +340,6 @@ class RetrievalMemory:
 
     def _embed(self, latents: Tensor) -> Tensor:
         return self.embedding.embed(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
-
-    def _note_capture(self) -> None:
-        self._unseen_passes = True
-        if self.bank.transfer.busy:
-            raise RuntimeError(
-                "frames of this block are on their way to the device, which no captured graph can wait for: run a pass "
-                "of the block before it is captured"
-            )
 
     def _get_ready(self) -> None:
         if self.config.memory_frames:

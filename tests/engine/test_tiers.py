@@ -308,32 +308,25 @@ def test_a_full_disk_is_a_step_down(fault: str, monkeypatch: pytest.MonkeyPatch)
     assert all(torch.equal(one, other) for one, other in zip(outputs, run(again, 40), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        ("altered", "does not hold what was written: the checksum of frame"),
-        ("gone", "has been removed"),
-        ("cut", "ends early"),
-    ],
-)
-def test_a_damaged_file_is_never_a_wrong_frame(fault: str, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", ["altered", "cut"])
+def test_a_damaged_file_is_never_a_wrong_frame(fault: str, tmp_path: Path) -> None:
     engine = memory(Budget(device=8 * PAGE, host=0, disk=100 * PAGE, folder=tmp_path))
     for _ in run(engine, 30):
         pass
-    (path,) = tmp_path.iterdir()
+    tier = engine.bank._below.disk
+    assert tier is not None and tier._file is not None
+    assert list(tmp_path.iterdir()) == [], "nothing to be removed by others, or left behind by a process that is killed"
     if fault == "altered":
-        content = bytearray(path.read_bytes())
-        content[::PAGE] = bytes(byte ^ 1 for byte in content[::PAGE])
-        path.write_bytes(content)
-    elif fault == "gone":
-        path.unlink()
+        for place in range(tier._allocated):
+            (byte,) = os.pread(tier._file.fileno(), 1, place * PAGE)
+            os.pwrite(tier._file.fileno(), bytes([byte ^ 1]), place * PAGE)
     else:
-        os.truncate(path, 10)
+        os.ftruncate(tier._file.fileno(), 10)
+    message = {"altered": "does not hold what was written: the checksum of frame", "cut": "ends early"}[fault]
     with pytest.raises(OSError, match=message):
         for _ in run(engine, 60, first=30):
             pass
     engine.close()
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_place_on_disk_is_used_again() -> None:

@@ -63,7 +63,7 @@ class Below:
         """Copy frames to their slots; returns those that must be rebuilt.
 
         Raises:
-            OSError: the file has vanished or was altered, and its frames cannot be rebuilt.
+            OSError: the file does not hold a frame as it was written, and it cannot be rebuilt.
         """
         copies, lost = [], []
         for entry in entries:
@@ -99,7 +99,7 @@ class Below:
         self.host.drop(entry)
 
     def close(self) -> None:
-        """Free host memory and remove the file."""
+        """Free host memory and the file."""
         if self.disk is not None:
             self.disk.close()
         self.host.close()

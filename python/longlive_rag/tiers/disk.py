@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 import warnings
@@ -10,6 +9,7 @@ import zlib
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ _SLAB = 2**30
 class DiskTier:
     """Records written one after the other by a thread, while the next block is made.
 
-    The file is made when the first record comes, and gone when the tier is closed or the process ends.
+    The file is made when the first record comes. It has no name, so that it is gone when the tier is closed or the
+    process ends, however it ends.
 
     Args:
         record_bytes: of one frame.
@@ -35,7 +36,7 @@ class DiskTier:
         self._record_bytes, self._folder = record_bytes, folder
         self._limit = budget // record_bytes
         self._allocated = 0
-        self._file: tempfile._TemporaryFileWrapper[bytes] | None = None
+        self._file: IO[bytes] | None = None
         self._free: list[int] = []
         self._checksums: dict[int, int] = {}
         self._writing: dict[Entry, Future[int]] = {}
@@ -84,26 +85,21 @@ class DiskTier:
         """Read a frame into a record.
 
         Raises:
-            OSError: the file has vanished, or does not hold what was written.
+            OSError: the file does not hold what was written.
         """
         self.settle()
         place = self.places[entry]
         assert self._file is not None
-        path = Path(self._file.name)
-        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(self._file.fileno())):
-            raise OSError(f"{path} has been removed; it holds frames of the video that is being made")
         view, done = memoryview(record.numpy().data), 0
         while done < len(view):
             count = os.preadv(self._file.fileno(), [view[done:]], place * self._record_bytes + done)
             if count == 0:
-                raise OSError(
-                    f"{path} ends early: frame {entry[1]} of video {entry[0]} is cut off; it has been altered"
-                )
+                raise OSError(f"{self._name} ends early: frame {entry[1]} of video {entry[0]} is cut off")
             done += count
         if zlib.crc32(view) != self._checksums[place]:
             raise OSError(
-                f"{path} does not hold what was written: the checksum of frame {entry[1]} of video {entry[0]} is "
-                f"{zlib.crc32(view):08x}, expected {self._checksums[place]:08x}; it has been altered, or the disk fails"
+                f"{self._name} does not hold what was written: the checksum of frame {entry[1]} of video {entry[0]} "
+                f"is {zlib.crc32(view):08x}, expected {self._checksums[place]:08x}; it was altered, or the disk fails"
             )
 
     def drop(self, entry: Entry) -> None:
@@ -127,13 +123,12 @@ class DiskTier:
         self._free.clear()
         self._limit = self._allocated = 0
         if self._file is not None:
-            with contextlib.suppress(FileNotFoundError):  # somebody else removed it
-                self._file.close()
+            self._file.close()
             self._file = None
 
     @property
     def _name(self) -> str:
-        return str(self._folder or tempfile.gettempdir()) if self._file is None else self._file.name
+        return f"the file for keys and values in {self._folder or tempfile.gettempdir()}"
 
     def _claim(self) -> None:
         """Make room for more records, as far as budget and disk allow."""
@@ -142,9 +137,8 @@ class DiskTier:
             return
         try:
             if self._file is None:
-                self._file = tempfile.NamedTemporaryFile(  # noqa: SIM115, closed by `close`
-                    prefix="longlive-rag-", suffix=".pages", dir=self._folder, buffering=0
-                )
+                self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115, `close` closes it
+            # Room that is claimed now will not be missing in the middle of a record.
             os.posix_fallocate(self._file.fileno(), self.bytes, count * self._record_bytes)
         except OSError as error:
             warnings.warn(

@@ -42,7 +42,6 @@ class LatentTier:
     def __init__(
         self,
         clean_pass: CleanPass,
-        *,
         k_pages: list[Tensor],
         v_pages: list[Tensor],
         rotation: Tensor,
