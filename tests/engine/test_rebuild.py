@@ -100,6 +100,18 @@ def test_what_fits_nowhere_is_rebuilt(model: CausalWanModel, expected: RolloutRe
     assert usage.latents.bytes == 2 * 40 * 4 * 4 * 4 * 4 and usage.host.bytes == 2 * PAGE
 
 
+def test_running_out_of_memory_says_which_knob_to_turn(model: CausalWanModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(*arguments: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines")
+
+    monkeypatch.setattr(model.blocks[1], "forward", forward)
+    wanted = (
+        r"Tried to allocate 2.00 GiB. Keys and values take 32.77 KB of the device: lower budget.device .--device-memory"
+    )
+    with pytest.raises(torch.OutOfMemoryError, match=wanted):
+        make(model, Budget(device=2 * 8 * PAGE))
+
+
 def test_only_our_own_backbone_can_rebuild(model: CausalWanModel) -> None:
     with pytest.raises(ValueError, match="budget.rebuild needs the clean pass of the model"):
         RetrievalMemory.for_model(model, (1, 2, 4, 4, 4), CONFIG, embedding=AveragePool(), budget=Budget(rebuild=True))

@@ -20,8 +20,8 @@ from longlive_rag.selection import OracleSelection, ReplaySelection
 from longlive_rag.tiers.disk import DiskTier
 from longlive_rag.tiers.forgetting import Redundancy
 from longlive_rag.tiers.host import HostTier, slab_bytes
-from longlive_rag.tiers.pages import frame_bytes
-from longlive_rag.tiers.transfer import AHEAD, Timeline
+from longlive_rag.tiers.pages import Pages, frame_bytes
+from longlive_rag.tiers.transfer import AHEAD, Copy, Timeline, Transfer
 
 LAYERS, HEADS, HEAD_DIM, GRID = 4, 2, 8, (2, 2)
 TOKENS = GRID[0] * GRID[1]
@@ -368,3 +368,52 @@ def test_a_replayed_choice_is_the_same_computation() -> None:
         ValueError, match="the record of block 20 must hold at most 2 of the frames 1 to 14 that are kept"
     ):
         list(run(wrong, 12))
+
+
+class Log(list[str]):
+    """Stands for streams and events, and says what waits for what."""
+
+    def stream(self, name: str) -> Any:
+        stream = mock.MagicMock()
+        stream.__str__.return_value = name  # type: ignore[attr-defined]
+        stream.wait_stream.side_effect = lambda other: self.append(f"{name} waits for {other}")
+        stream.wait_event.side_effect = lambda event: self.append(f"{name} waits for layer {event}")
+        return stream
+
+    def event(self, name: str) -> Any:
+        event = mock.MagicMock()
+        event.__str__.return_value = name  # type: ignore[attr-defined]
+        event.record.side_effect = lambda: self.append(f"layer {name} is in")
+        return event
+
+
+def test_streams_wait_for_each_other() -> None:
+    """What no CPU does: the calls in their order, over doubles of CUDA's streams."""
+    log = Log()
+    compute, inward, outward = (log.stream(name) for name in ("computation", "in", "out"))
+    pools = [[torch.zeros(2, 1, 2, 4) for _ in range(LAYERS)] for _ in range(2)]
+    pages = Pages(pools[0], pools[1], 16)
+    pages.device = torch.device("cuda", 0)
+    records = [torch.zeros(pages.record_bytes, dtype=torch.uint8) for _ in range(2)]
+    with (
+        mock.patch("torch.cuda.Stream", side_effect=[inward, outward]),
+        mock.patch("torch.cuda.Event", side_effect=[log.event(str(layer)) for layer in range(LAYERS)]),
+        mock.patch("torch.cuda.current_stream", return_value=compute),
+        mock.patch("torch.cuda.stream", return_value=mock.MagicMock()),
+    ):
+        transfer = Transfer(pages)
+        transfer.send([Copy(0, 5, 0, records[0])])
+        assert log == ["out waits for computation", "out waits for in"]
+        log.clear()
+        transfer.hold_for_sent()
+        assert log == ["computation waits for out"]
+        log.clear()
+        transfer.bring([Copy(0, 3, 1, records[1])])
+        assert log == ["in waits for computation", "in waits for out", *(f"layer {n} is in" for n in range(AHEAD))]
+        for layer in range(LAYERS):
+            log.clear()
+            assert transfer.busy
+            transfer.before(layer)
+            assert log[-1] == f"computation waits for layer {layer}"
+            assert log[:-1] == [f"layer {layer + AHEAD} is in"] * (layer + AHEAD < LAYERS)
+        assert not transfer.busy and not transfer.coming

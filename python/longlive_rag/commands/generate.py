@@ -156,7 +156,10 @@ class Generate:
         )
         for video, prompt_embeds in zip(todo, embeds, strict=True):
             more = {"prompt": video.prompt, **facts, "version": longlive_rag.__version__}
-            usage = pipeline.generate(prompt_embeds.to(device), video.path, more)
+            try:
+                usage = pipeline.generate(prompt_embeds.to(device), video.path, more)
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                raise ValueError(f"{video.path.name} could not be finished: {error}") from error
             print(f"Written: {video.path}\nKeys and values in the end: {usage}", flush=True)
         return 0
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from longlive_rag.bank import Usage
-from longlive_rag.budget import Budget
+from longlive_rag.budget import Budget, format_bytes
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.embedding import AveragePool, Embedding
 from longlive_rag.generation.sampling import PAPER_SAMPLING, PAPER_STEPS, FreshNoise, Renoise, Sampling, denoise
@@ -143,6 +143,12 @@ def _blocks(
             retrieval = last if last and last.block_start == start else None
             yield FinishedBlock(start, clean, embeddings, retrieval, memory.usage())
             start += frames
+    except torch.OutOfMemoryError as error:
+        held = format_bytes(memory.usage().device.bytes) if memory is not None else "none"
+        raise torch.OutOfMemoryError(
+            f"{str(error).splitlines()[0]} Keys and values take {held} of the device: lower budget.device "
+            f"(--device-memory), so that more of them wait in host memory"
+        ) from error
     finally:
         if memory is not None:
             memory.close()
