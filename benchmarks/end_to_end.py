@@ -147,7 +147,7 @@ def measure_latents(size: Size) -> dict[str, Any]:
 
     def blocks(count: int) -> Iterator[Tensor]:
         noise = (torch.randn(shape, device=where).bfloat16() for _ in range(count))
-        for finished in stream(model, noise, prompt, config, embedding=AveragePool(), capacity=count * block):
+        for finished in stream(model, noise, prompt, config, embedding=AveragePool()):
             yield finished.latents
 
     for _ in blocks(latent_frames(WARM_UP_SECONDS, block) // block):

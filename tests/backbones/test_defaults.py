@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from longlive_rag import RetrievalConfig, bank, patch
+from longlive_rag import RetrievalConfig, patch
 from longlive_rag.backbones.find import find_transformer
+from longlive_rag.budget import Budget
+from longlive_rag.tiers.pages import frame_bytes
 from support.causal_doubles import ATTENTIONS, Attention, LongLiveAttention, Pipeline, Transformer, Wrapper
 from support.tiny_videos import CONFIG, SIZES, TOKENS, generate
+
+FRAME_BYTES = frame_bytes(layers=2, heads=2, tokens=TOKENS, head_dim=16, dtype=torch.float32)
 
 
 def block_relativistic_rope() -> None:
@@ -134,27 +138,9 @@ def test_what_is_in_force_is_said(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_the_device_holds_little_at_first(pipeline: Pipeline) -> None:
     with patch(pipeline, CONFIG) as patched:
-        capacities = []
-        cache = pipeline.cache(1, 5 * TOKENS)
-        for frames in (1, 7, 14):
-            generate(pipeline, frames, cache=cache)
-            capacities.append(patched._attachment.followers.all[0].memory.bank.capacity)
-        assert capacities == [6, 12, 24]
-        expected = generate(pipeline, 14, cache=cache)
-    with patch(pipeline, CONFIG, capacity=14) as patched:
-        assert torch.equal(generate(pipeline, 14), expected)
-        assert patched._attachment.followers.all[0].memory.bank.capacity == 14
-
-
-def test_the_device_is_not_asked_for_more_than_it_has(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    layers, heads, head_dim = 2, 2, 16
-    frame = bank.frame_bytes(layers=layers, heads=heads, tokens=TOKENS, head_dim=head_dim, dtype=torch.float32)
-    with patch(pipeline, CONFIG) as patched:
-        expected = generate(pipeline, 14)
-    with patch(pipeline, CONFIG) as patched:
-        monkeypatch.setattr(bank, "free_bytes", lambda device: 4 * frame)
-        assert torch.equal(generate(pipeline, 14), expected)
-        assert patched._attachment.followers.all[0].memory.bank.capacity == 6 + 3 + 3 + 3
+        generate(pipeline, 1)
+        memory = patched._attachment.followers.all[0].memory
+        assert memory.usage().device.bytes == (CONFIG.context_frames + CONFIG.block_frames) * FRAME_BYTES
 
 
 class TestPromptSwitchWithABudget:
@@ -178,19 +164,19 @@ class TestPromptSwitchWithABudget:
     def test_enough_gives_the_same_video(self, interactive: Pipeline) -> None:
         with patch(interactive, CONFIG) as patched:
             expected, retrieved = self.video(interactive), [entry.frames for entry in patched.retrieved]
-        with patch(interactive, CONFIG, device_frames=8) as patched:
+        with patch(interactive, CONFIG, budget=Budget(device=8 * FRAME_BYTES)) as patched:
             assert torch.equal(self.video(interactive), expected)
             assert [entry.frames for entry in patched.retrieved] == retrieved
 
     def test_too_little_is_refused_before_the_video_begins(self, interactive: Pipeline) -> None:
-        with pytest.raises(ValueError, match="device_frames must be at least 8 for a prompt switch of LongLive.*got 7"):
-            patch(interactive, CONFIG, device_frames=7)
-        patch(interactive, CONFIG, device_frames=8).unpatch()
+        with patch(interactive, CONFIG, budget=Budget(device=8 * FRAME_BYTES - 1)):
+            with pytest.raises(ValueError, match=r"budget.device must be at least .*8 latent frames.* of LongLive"):
+                generate(interactive, 1)
 
     def test_a_model_alone_may_never_switch(self, interactive: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
-        with patch(interactive.generator, CONFIG, device_frames=7):
-            assert "device_frames must be at least 8 for a prompt switch" in caplog.text
+        with patch(interactive.generator, CONFIG, budget=Budget(device=7 * FRAME_BYTES)):
             generate(interactive, 12)
+            assert "8 latent frames) for a prompt switch" in caplog.text
 
 
 @pytest.mark.parametrize(("stated", "begins_anew"), [(True, False), (False, True), (None, False)])

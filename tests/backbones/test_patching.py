@@ -15,11 +15,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from longlive_rag import RetrievalConfig, patch, rollout
+from longlive_rag import Budget, RetrievalConfig, patch, rollout
 from longlive_rag.embedding import AveragePool, LatentAutoencoder
 from longlive_rag.models import CausalWanModel
 from support.causal_doubles import ATTENTIONS, Attention, NativeAttentionReached, Pipeline, Transformer, Wrapper
 from support.tiny_videos import CONFIG, SIZES, TOKENS, generate, noise
+
+PAGE = 2 * SIZES["num_layers"] * TOKENS * SIZES["dim"] * 4
+"""Bytes of a latent frame's keys and values in float32."""
 
 
 def test_memory_comes_back_and_changes_the_video(pipeline: Pipeline) -> None:
@@ -223,7 +226,7 @@ def test_longlive_contract(pipeline: Pipeline) -> None:
 def test_frames_in_host_memory_give_the_same_video(pipeline: Pipeline) -> None:
     with patch(pipeline, CONFIG) as patched:
         expected, retrieved = generate(pipeline, 16), [entry.frames for entry in patched.retrieved]
-    with patch(pipeline, CONFIG, device_frames=5, capacity=4) as patched:
+    with patch(pipeline, CONFIG, budget=Budget(device=5 * PAGE)) as patched:
         assert torch.equal(generate(pipeline, 16), expected)
         assert [entry.frames for entry in patched.retrieved] == retrieved
 

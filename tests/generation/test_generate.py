@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -110,12 +111,15 @@ def test_layouts_and_low_memory_do_not_change_the_video(generate, monkeypatch):
 
 def test_a_device_budget_does_not_change_the_video(generate, tmp_path, capsys):
     prompt = ["--prompt", "a cat"]
+    page = 2 * SIZES["num_layers"] * 2 * 3 * SIZES["dim"] * 4  # of a latent frame of 2 x 3 tokens in float32
     assert generate(*prompt, length=LONG, output="a") == 0
-    assert generate(*prompt, "--device-frames", "12", length=LONG, output="b") == 0
-    assert "12 of 33 frames on the device" in capsys.readouterr().out
+    assert generate(*prompt, "--device-memory", f"{12 * page}", length=LONG, output="b") == 0
+    assert re.search(r"device 12 frames, .*; host 21 frames, ", capsys.readouterr().out)
     assert (tmp_path / "a" / "0000-a-cat.mp4").read_bytes() == (tmp_path / "b" / "0000-a-cat.mp4").read_bytes()
-    assert generate(*prompt, "--device-frames", "11", output="c") == 2
-    assert "device_frames must be at least context_frames = 12, got 11" in capsys.readouterr().err
+    assert generate(*prompt, "--device-memory", f"{12 * page - 1}", output="c") == 2
+    assert "budget.device must hold the keys and values of context_frames = 12 latent" in capsys.readouterr().err
+    assert generate(*prompt, "--host-memory", "much", output="c") == 2
+    assert "a size must look like 12GB, 500MiB or 4096, got 'much'" in capsys.readouterr().err
 
 
 def test_prompt_file_resumes_and_ranks_share_it(generate, tmp_path, capsys, monkeypatch):

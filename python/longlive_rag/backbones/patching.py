@@ -16,10 +16,12 @@ from longlive_rag.backbones.follow import Follower, Kind, check_block_length
 from longlive_rag.backbones.forwards import Forwards, is_patched
 from longlive_rag.backbones.journal import Journal
 from longlive_rag.backbones.own_context import Said
+from longlive_rag.budget import Budget, format_bytes
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.embedding import AveragePool, Embedding, LatentAutoencoder
 from longlive_rag.memory import Retrieval, RetrievalMemory
 from longlive_rag.selection import Selection
+from longlive_rag.tiers.pages import frame_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +32,7 @@ def patch(
     *,
     embedding: Embedding | str | os.PathLike[str] | None = None,
     selection: Selection | None = None,
-    capacity: int | None = None,
-    device_frames: int | None = None,
+    budget: Budget | None = None,
     release_cache: bool = False,
 ) -> Patched:
     """Turn the attention of an existing causal video model into attention with retrieval memory.
@@ -52,10 +53,7 @@ def patch(
         embedding: of clean latent frames: an object, or the path of a retrieval autoencoder's checkpoint; default
             `AveragePool`.
         selection: which frames come back; default the most similar ones.
-        capacity: latent frames to make room for at once, more as the video grows. Default: what the first block needs;
-            pass the length of the video if it fits, to avoid copies.
-        device_frames: at most this many latent frames of each video on the GPU; older ones wait in host memory (see
-            `RetrievalMemory`).
+        budget: of each memory, in bytes (see `RetrievalMemory`); `rebuild` takes our own backbone.
         release_cache: free the keys and values of the pipeline's own cache, which nothing reads any more, the first
             time it is passed (see `Patched.released_bytes`). Families that read theirs keep it: krea realtime, whose
             pipeline goes by its size, and AnyFlow.
@@ -70,6 +68,8 @@ def patch(
         raise TypeError(
             f"config must be a RetrievalConfig, got {type(config).__name__} {config!r:.80}; or 'native', or None"
         )
+    if budget is not None and budget.rebuild:
+        raise ValueError("budget.rebuild must be False: the clean passes of a patched model cannot be run again")
     transformer = find_transformer(model)
     family = transformer.family
     if is_patched(transformer.module):
@@ -83,16 +83,22 @@ def patch(
     longest = family.longest_pass(model, transformer)
     if longest is not None:
         check_block_length(config, longest)
-    if device_frames is not None and config.memory_frames:
-        _check_switch(model, transformer, config, device_frames)
-    if capacity is None:
-        capacity = config.context_frames + max(longest or 1, config.block_frames)
     embed = _embedding(embedding)
     heads, head_dim = family.heads(transformer.attentions[0])
 
     def make_memory(kind: Kind) -> RetrievalMemory:
         if isinstance(embedding, (str, os.PathLike)) and isinstance(embed, LatentAutoencoder):
             embed.to(kind.device)  # loaded here; an embedding that came as an object stays where its owner put it
+        if budget is not None and budget.device is not None and config.memory_frames:
+            rows, columns = kind.grid
+            page = frame_bytes(
+                layers=len(transformer.attentions),
+                heads=heads,
+                tokens=rows * columns,
+                head_dim=head_dim,
+                dtype=kind.dtype,
+            )
+            _check_switch(model, transformer, config, budget.device, kind.batch * page)
         return RetrievalMemory(
             config,
             batch=kind.batch,
@@ -104,8 +110,7 @@ def patch(
             dtype=kind.dtype,
             embedding=embed,
             selection=selection,
-            capacity=capacity,
-            device_frames=device_frames,
+            budget=budget,
         )
 
     journal = Journal()
@@ -196,19 +201,21 @@ def _own_config(
     return transformer.family.unstated
 
 
-def _check_switch(model: Any, transformer: CausalTransformer, config: RetrievalConfig, device_frames: int) -> None:
+def _check_switch(
+    model: Any, transformer: CausalTransformer, config: RetrievalConfig, device_bytes: int, bytes_a_frame: int
+) -> None:
     """Refuse a budget that the first prompt switch would find too small, in the middle of a video."""
     family = transformer.family
     needed = family.switch_frames(config, family.own_context(model, transformer))
-    if needed is None or device_frames >= needed:
+    if needed is None or device_bytes >= needed * bytes_a_frame:
         return
     message = (
-        f"device_frames must be at least {needed} for a prompt switch of {family.name}, with the frames made again, "
-        f"the sink and memory; got {device_frames}"
+        f"budget.device must be at least {format_bytes(needed * bytes_a_frame)} ({needed} latent frames) for a prompt "
+        f"switch of {family.name}, with the frames made again, the sink and memory; got {format_bytes(device_bytes)}"
     )
     if callable(getattr(model, "_recache_after_switch", None)):
         raise ValueError(message)
-    logger.warning("%s; fewer do as long as the prompt stays", message)
+    logger.warning("%s; less will do as long as the prompt stays", message)
 
 
 def _embedding(embedding: object) -> Embedding:

@@ -7,7 +7,7 @@ import importlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import longlive_rag
+from longlive_rag.budget import Budget, BudgetOptions, format_bytes
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.embedding import AveragePool, Embedding, LatentAutoencoder
 from longlive_rag.files import output_folder
@@ -58,7 +59,7 @@ class Generate:
         "weights": ("backbone", "wan_dir", "checkpoint", "weights", "lora", "lora_alpha", "embedding"),
         "context policy": ("policy",),
         "sampling": ("denoising_steps", "timestep_shift", "context_noise", "seed"),
-        "machine": ("device", "dtype", "low_memory", "device_frames"),
+        "machine": ("device", "dtype", "low_memory", "memory", "rebuild"),
     }
 
     backbone: Literal["self-forcing", "causal-forcing", "longlive", "wan"]
@@ -105,9 +106,10 @@ class Generate:
     """Precision of weights and memory; auto is bfloat16 on a GPU and float32 on a CPU."""
     low_memory: bool = False
     """Run the text encoder on the CPU, and keep the VAE there while the transformer runs."""
-    device_frames: int | None = None
-    """Latent frames whose keys and values stay on the GPU, at least --context-frames; older ones move to host memory
-    and come back when they are retrieved. Default: as many as fit."""
+    memory: BudgetOptions = field(default_factory=BudgetOptions)
+    """How much memory keys and values may take."""
+    rebuild: bool = False
+    """Compute keys and values again from the latents when a frame is retrieved that fitted nowhere; approximate."""
     overwrite: bool = False
     """Generate finished videos again."""
 
@@ -123,11 +125,7 @@ class Generate:
         published_lora = BACKBONES[self.backbone].lora
         if published_lora is not None and self.lora is None:
             print(f"Note: without --lora. {self.backbone} is a base and {from_where([published_lora], Path('.'))}")
-        if self.device_frames is not None and self.device_frames < settings.policy.context_frames:
-            raise ValueError(
-                f"device_frames must be at least context_frames = {settings.policy.context_frames}, "
-                f"got {self.device_frames}"
-            )
+        budget = replace(self.memory.budget, rebuild=self.rebuild)
         ranks = Ranks.from_environment()
         device = self._device(ranks)
         dtype = (
@@ -151,16 +149,18 @@ class Generate:
             return 0
 
         embeds = self._encode([video.prompt for video in todo], files, device, dtype)
-        pipeline = self._load(checkpoint, files, settings, embeds[0].shape[-1], device, dtype)
+        pipeline = self._load(checkpoint, files, settings, embeds[0].shape[-1], device, dtype, budget)
         print(
             f"{len(todo)} videos of {pipeline.latent_frames} latent frames on {device}; "
-            f"keys and values take {pipeline.held_frames * pipeline.frame_bytes / 1e9:.2f} GB, "
-            f"{pipeline.device_frames} of {pipeline.held_frames} frames on the device at a time."
+            f"keys and values take {format_bytes(pipeline.held_frames * pipeline.frame_bytes)} in all."
         )
         for video, prompt_embeds in zip(todo, embeds, strict=True):
             more = {"prompt": video.prompt, **facts, "version": longlive_rag.__version__}
-            pipeline.generate(prompt_embeds.to(device), video.path, more)
-            print(f"Written: {video.path}", flush=True)
+            try:
+                usage = pipeline.generate(prompt_embeds.to(device), video.path, more)
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                raise ValueError(f"{video.path.name} could not be finished: {error}") from error
+            print(f"Written: {video.path}\nKeys and values in the end: {usage}", flush=True)
         return 0
 
     def _settings(self) -> VideoSettings:
@@ -217,6 +217,7 @@ class Generate:
         text_dim: int,
         device: torch.device,
         dtype: torch.dtype,
+        budget: Budget,
     ) -> Pipeline:
         from longlive_rag.generation.wan_vae import StreamingDecoder
         from longlive_rag.models.checkpoints import load_causal_wan
@@ -240,9 +241,7 @@ class Generate:
                 )
             embedding = autoencoder
         decoder = StreamingDecoder.from_files(files, device=device, dtype=dtype)
-        return Pipeline(
-            model, decoder, embedding, settings, low_memory=self.low_memory, device_frames=self.device_frames
-        )
+        return Pipeline(model, decoder, embedding, settings, low_memory=self.low_memory, budget=budget)
 
 
 def enumerate_videos(prompts: list[str], output: Path) -> Iterator[PromptVideo]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from longlive_rag.backbones.run.settings import Policy, Settings
+from longlive_rag.budget import BudgetOptions
 from longlive_rag.files import atomic_path
 from longlive_rag.options import Positional
 
@@ -31,7 +32,7 @@ class Run:
 
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
         "context policy": ("policy", "embedding"),
-        "machine": ("capacity", "device_frames", "keep_cache"),
+        "machine": ("memory", "keep_cache"),
         "output": ("log",),
     }
 
@@ -41,10 +42,8 @@ class Run:
     """The context policy. Default: the paper's memory within the model's own window."""
     embedding: Path | None = None
     """Checkpoint of the retrieval autoencoder used to search memory. Default: the mean of each latent channel."""
-    capacity: int | None = None
-    """Latent frames to make room for on the GPU at once; more follow. Default: what the first block needs."""
-    device_frames: int | None = None
-    """Latent frames of each video that stay on the GPU at most; older ones move to host memory. Default: all."""
+    memory: BudgetOptions = field(default_factory=BudgetOptions)
+    """How much memory keys and values may take."""
     keep_cache: bool = False
     """Keep the pipeline's own key-value cache allocated, although nothing reads it."""
     log: Path | None = None
@@ -55,11 +54,10 @@ class Run:
             raise ValueError("COMMAND must follow the options: longlive-rag run [OPTIONS] -- python inference.py ...")
         if self.embedding is not None and not self.embedding.is_file():
             raise FileNotFoundError(f"no autoencoder checkpoint at {self.embedding}")
+        budget = self.memory.budget
         with tempfile.TemporaryDirectory(prefix="longlive-rag-") as folder:
             embedding = None if self.embedding is None else self.embedding.resolve()
-            settings = Settings(
-                Path(folder), self.policy, embedding, self.capacity, self.device_frames, self.keep_cache
-            )
+            settings = Settings(Path(folder), self.policy, embedding, budget, self.keep_cache)
             status = subprocess.run(self.command, env=settings.environment(os.environ)).returncode
             reports = [json.loads(path.read_text()) for path in sorted(Path(folder).iterdir())]
         if status:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from longlive_rag.bank import frame_bytes
+from longlive_rag.bank import Usage
+from longlive_rag.budget import Budget, format_bytes
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.embedding import Embedding
 from longlive_rag.files import write_json
@@ -24,11 +25,10 @@ from longlive_rag.generation.wan_vae import StreamingDecoder
 from longlive_rag.memory import Retrieval
 from longlive_rag.models import CausalWanModel
 from longlive_rag.retrieval_log import draw_retrieval, retrieval_entries
+from longlive_rag.tiers.pages import frame_bytes
 
 # Rows and columns of pixels per token, at least: the VAE's 8 times the patch of 2.
 _PIXELS_PER_TOKEN = 16
-# Of the GPU memory that is free once the weights are loaded; the rest is for activations, mostly the VAE's. Unmeasured.
-_SHARE_FOR_MEMORY = 0.7
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,7 @@ class Pipeline:
         embedding: what memory is searched by.
         settings: of every video.
         low_memory: keep the VAE off the GPU while the transformer works.
-        device_frames: latent frames whose keys and values stay on the device; older ones wait in host memory. Default:
-            as many as fit.
+        budget: of keys and values, in bytes (see `RetrievalMemory`).
 
     Raises:
         ValueError: the parts do not fit together, or the device has no room for the context of a single block.
@@ -103,7 +102,7 @@ class Pipeline:
         settings: VideoSettings,
         *,
         low_memory: bool = False,
-        device_frames: int | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.model, self.decoder, self.embedding, self.settings = model, decoder, embedding, settings
         self.low_memory = low_memory
@@ -118,7 +117,8 @@ class Pipeline:
         self.latent_size = (settings.height // factor, settings.width // factor)
         model.token_grid(*self.latent_size)
         self.latent_frames = settings.latent_frames(decoder.temporal_factor)
-        self.device_frames = device_frames or self._frames_that_fit()
+        self.budget = budget or Budget()
+        self._check_room()
         if low_memory:
             decoder.offload()
 
@@ -140,7 +140,7 @@ class Pipeline:
             dtype=self.model.patch_embedding.weight.dtype,
         )
 
-    def generate(self, prompt_embeds: Tensor, path: Path, facts: dict[str, Any]) -> None:
+    def generate(self, prompt_embeds: Tensor, path: Path, facts: dict[str, Any]) -> Usage:
         """Make one video and, next to it, `<stem>.json` with what was retrieved and `<stem>.png`, a picture of that.
 
         The video gets its final name last, so if it is there, all three are complete. An interrupted one stays as
@@ -150,6 +150,9 @@ class Pipeline:
             prompt_embeds: [tokens, text_dim].
             path: `.mp4` file.
             facts: more entries for the JSON file, such as the prompt.
+
+        Returns:
+            What the memory held in the end, and where.
         """
         settings, config = self.settings, self.settings.policy
         generator = torch.Generator().manual_seed(settings.sampling.seed)
@@ -176,8 +179,7 @@ class Pipeline:
                 config,
                 sampling=replace(settings.sampling, renoise=lambda _, shape: draw(shape)),
                 embedding=self.embedding,
-                capacity=self.latent_frames,
-                device_frames=self.device_frames if self.device_frames < self.held_frames else None,
+                budget=self.budget,
             )
             bar = tqdm(finished_blocks, desc=path.stem[:40], total=blocks, unit="block")
             for block in bar:
@@ -187,6 +189,7 @@ class Pipeline:
                 writing = writers.submit(writer.write, pictures.numpy())
                 if block.retrieval is not None:
                     retrieved.append(block.retrieval)
+                usage = block.usage
             if writing is not None:
                 writing.result()
             entries = retrieval_entries(retrieved)
@@ -202,6 +205,7 @@ class Pipeline:
             if entries:
                 seconds_per_frame = self.decoder.temporal_factor / settings.fps
                 draw_retrieval(entries, config, self.latent_frames, seconds_per_frame, path.with_suffix(".png"))
+        return usage
 
     def _decode(self, latents: Tensor) -> Tensor:
         if not self.low_memory:
@@ -211,15 +215,17 @@ class Pipeline:
         self.decoder.offload()
         return pictures
 
-    def _frames_that_fit(self) -> int:
-        if self.device.type != "cuda":
-            return self.held_frames
-        free, _ = torch.cuda.mem_get_info(self.device)
-        fitting = int(free * _SHARE_FOR_MEMORY) // self.frame_bytes
-        if fitting < self.settings.policy.context_frames:
+    def _check_room(self) -> None:
+        if self.budget.device is not None:
+            room, name = self.budget.device, "budget.device"
+        elif self.device.type == "cuda":
+            room, name = torch.cuda.mem_get_info(self.device)[0], f"the free memory of {self.device}"
+        else:
+            return
+        context = self.settings.policy.context_frames
+        if room < context * self.frame_bytes:
             raise ValueError(
-                f"context_frames = {self.settings.policy.context_frames} takes {self.frame_bytes / 1e9:.2f} GB of keys "
-                f"and values for each frame, but {self.device} has {free / 1e9:.1f} GB free, of which "
-                f"{_SHARE_FOR_MEMORY:.0%} are for them; choose a smaller context or video size"
+                f"{name} must hold the keys and values of context_frames = {context} latent frames, "
+                f"{format_bytes(context * self.frame_bytes)} or {format_bytes(self.frame_bytes)} for each, got "
+                f"{format_bytes(room)}; choose a smaller context or video size"
             )
-        return min(fitting, self.held_frames)

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from longlive_rag.budget import Budget
 from longlive_rag.config import Positions, Query, RetrievalConfig
 
 VARIABLE = "LONGLIVE_RAG_RUN"
@@ -70,8 +71,7 @@ class Settings:
     """Folder for one report from each process that patched a model."""
     policy: Policy = field(default_factory=Policy)
     embedding: Path | None = None
-    capacity: int | None = None
-    device_frames: int | None = None
+    budget: Budget = field(default_factory=Budget)
     keep_cache: bool = False
 
     def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
@@ -83,10 +83,12 @@ class Settings:
     @classmethod
     def from_environment(cls) -> Settings:
         content = json.loads(os.environ[VARIABLE])
-        embedding = content.pop("embedding")
+        embedding, budget = content.pop("embedding"), content.pop("budget")
+        folder = budget.pop("folder")
         return cls(
             reports=Path(content.pop("reports")),
             policy=Policy(**content.pop("policy")),
             embedding=None if embedding is None else Path(embedding),
+            budget=Budget(folder=None if folder is None else Path(folder), **budget),
             **content,
         )

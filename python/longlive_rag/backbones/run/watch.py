@@ -46,8 +46,7 @@ def _patch(module: nn.Module, settings: Settings) -> None:
             module,
             policy.applied_to(own),
             embedding=settings.embedding,
-            capacity=settings.capacity,
-            device_frames=settings.device_frames,
+            budget=settings.budget,
             release_cache=not settings.keep_cache,
         )
     except (TypeError, ValueError, OSError) as error:
