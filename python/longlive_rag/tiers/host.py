@@ -48,6 +48,8 @@ class HostTier:
         self._room = max(budget, least * (_rounded(record_bytes) if pinned else record_bytes))
         self._slabs: list[Tensor] = []
         self._free: list[Tensor] = []
+        # Records at the head of the newest slab that were never taken.
+        self._fresh = 0
         self.records: OrderedDict[Entry, Tensor] = OrderedDict()
         """uint8 [record_bytes] by entry, the least recently used first."""
 
@@ -59,21 +61,22 @@ class HostTier:
     @property
     def free(self) -> int:
         """Records that there is still room for."""
-        return len(self._free) + max(0, self._room - self.bytes) // self._record_bytes
+        return len(self._free) + self._fresh + max(0, self._room - self.bytes) // self._record_bytes
 
     def take(self) -> Tensor | None:
         """A record to write to; None if the tier is full, or the system refuses it more memory."""
-        if not self._free:
+        if self._free:
+            return self._free.pop()
+        if not self._fresh:
             self._grow()
-        return self._free.pop() if self._free else None
+        if not self._fresh:
+            return None
+        self._fresh -= 1
+        return self._slabs[-1][self._fresh * self._record_bytes : (self._fresh + 1) * self._record_bytes]
 
     def put(self, entry: Entry, record: Tensor) -> None:
         """The record taken holds this frame now."""
         self.records[entry] = record
-
-    def give_back(self, record: Tensor) -> None:
-        """The record taken is not needed."""
-        self._free.append(record)
 
     def drop(self, entry: Entry) -> None:
         """Forget a frame, if it is here."""
@@ -91,6 +94,7 @@ class HostTier:
         self.records.clear()
         self._free.clear()
         self._slabs.clear()
+        self._fresh = 0
 
     def _grow(self) -> None:
         size = slab_bytes(self._record_bytes, self._room - self.bytes, self._pinned)
@@ -102,8 +106,7 @@ class HostTier:
             self._room = self.bytes  # what does not fit goes down to the next tier
             return
         self._slabs.append(slab)
-        records = size // self._record_bytes
-        self._free.extend(slab[: records * self._record_bytes].view(records, self._record_bytes).unbind())
+        self._fresh = slab.nbytes // self._record_bytes
 
     def _allocate(self, size: int) -> Tensor:
         if self._pinned:
