@@ -177,7 +177,7 @@ NOT_CAUGHT: dict[str, tuple[Kernel, str, str] | tuple[Kernel, str, str, int]] = 
 def modules() -> dict[str, ModuleType]:
     """The extension with each of the faults; all compiled at once."""
     faults = FAULTS | NOT_CAUGHT
-    edits = [execute.Edit(kernel.source, kernel.name, *edit) for kernel, *edit in faults.values()]  # type: ignore[arg-type]
+    edits = [execute.Edit(kernel.source, kernel.name, *edit) for kernel, *edit in faults.values()]
     return dict(zip(faults, execute.build_edited(edits), strict=True))
 
 
