@@ -169,9 +169,9 @@ class TestPromptSwitchWithABudget:
             assert [entry.frames for entry in patched.retrieved] == retrieved
 
     def test_too_little_is_refused_before_the_video_begins(self, interactive: Pipeline) -> None:
-        with patch(interactive, CONFIG, budget=Budget(device=8 * FRAME_BYTES - 1)):
-            with pytest.raises(ValueError, match=r"budget.device must be at least .*8 latent frames.* of LongLive"):
-                generate(interactive, 1)
+        refused = pytest.raises(ValueError, match=r"budget.device must be at least .*8 latent frames.* of LongLive")
+        with patch(interactive, CONFIG, budget=Budget(device=8 * FRAME_BYTES - 1)), refused:
+            generate(interactive, 1)
 
     def test_a_model_alone_may_never_switch(self, interactive: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
         with patch(interactive.generator, CONFIG, budget=Budget(device=7 * FRAME_BYTES)):
