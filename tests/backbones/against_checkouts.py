@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,11 @@ def run_checkout(root: Path, arguments: argparse.Namespace) -> list[dict[str, An
         driver = make(root, sizes, lambda module: fill(module, 0))
         cases = [case for case in driver.cases(arguments.frames) if arguments.case in case.name]
         for case in cases:
-            row = _run_case(driver, case, unpatches=case is cases[0])
+            try:
+                row = _run_case(driver, case, unpatches=case is cases[0])
+            except Exception as error:  # the other cases are of interest nevertheless
+                traceback.print_exc()
+                row = {"case": case.name, "error": f"{type(error).__name__}: {error}"}
             rows.append({"repository": driver.repository, "commit": _commit(root)} | row)
     return rows
 

@@ -103,7 +103,7 @@ def test_the_policy_is_the_model_s_own_but_for_what_is_given(script: str) -> Non
         ["for block in pipeline.transformer.blocks: block.self_attn.local_attn_size, block.self_attn.sink_size = 6, 2"]
     )
     Path(script).write_text(source.replace("for video in", f"{own}\nfor video in", 1))
-    command = ["--capacity", "12", "--recency-guard", "0", "--", sys.executable, script, "LongLive", "10"]
+    command = ["--device-memory", "12MB", "--recency-guard", "0", "--", sys.executable, script, "LongLive", "10"]
     result = run(*command)
     assert result.returncode == 0, result.stderr
     assert "context frames 6, sink frames 2, memory frames 1, recency guard 0, block frames 1" in result.stderr

@@ -154,7 +154,7 @@ class LongLive2(Driver):
             frames, prompts=("a cat", f"{cut}a dog", f"{cut}a house"), switches=(frames // 3, frames // 3 * 2)
         )
         return [
-            Case("one shot", sizes_in_turn(frames), {"inference": inference}),
+            Case("one shot", sizes_in_turn(frames, other=28), {"inference": inference}),
             Case("three shots, offsets and pins", (scenes,), {"inference": shots}),
             Case(
                 "guidance 3, t_scale 0.5",

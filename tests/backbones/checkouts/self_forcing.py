@@ -102,7 +102,7 @@ class CausVid(Driver):
     models = ("causvid.models.wan.causal_model",)
 
     def cases(self, frames: int) -> list[Case]:
-        return [Case("all of the past", sizes_in_turn(21))]
+        return [Case("all of the past", sizes_in_turn(21, other=21))]
 
     def make(self, args: Settings) -> Any:
         models = importlib.import_module("causvid.models")
