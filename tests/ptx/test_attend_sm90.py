@@ -46,6 +46,15 @@ def test_cut_tiles(module: ModuleType, order: str) -> None:
     check(module, make_case(tokens=64, head_dim=64, heads=6, entries=5))
 
 
+def test_samples_with_unlike_numbers_of_pages(module: ModuleType, order: str) -> None:
+    """Each sample's work is cut on the device, by its own pages."""
+    case = make_case(batch=3, tokens=64, head_dim=64, heads=5, entries=5)
+    for sample, unused in enumerate([0, 4, 2]):
+        used = (case.slots[sample] >= 0).nonzero()[:, 0]
+        case.slots[sample, used[:unused]] = -1
+    check(module, case)
+
+
 def test_sample_without_pages(module: ModuleType) -> None:
     case = make_case(batch=2, tokens=64, head_dim=64, heads=6)
     case.slots[0] = -1
