@@ -63,10 +63,10 @@ def run_pack() -> list[Tensor]:
         k, v = torch.randn(2, 2, 2, 3, 49, 64).bfloat16()
         for pool in (k, v):
             pool[1, 0, 2, 40, 7] = torch.nan
-        packed = torch.full((ops.packed_bytes(2, 3, 49, 64, bits),), 0xFF, dtype=torch.uint8)  # type: ignore[arg-type]
-        ops.pack(list(k), list(v), 0, bits, out=packed)  # type: ignore[arg-type]
+        packed = torch.full((ops.packed_bytes(2, 3, 49, 64, bits),), 0xFF, dtype=torch.uint8)
+        ops.pack(list(k), list(v), 0, bits, out=packed)
         back = torch.zeros(2, 2, 2, 3, 49, 64).bfloat16()
-        ops.unpack(packed, list(back[0]), list(back[1]), 0, bits)  # type: ignore[arg-type]
+        ops.unpack(packed, list(back[0]), list(back[1]), 0, bits)
         results += [packed, back.nan_to_num(nan=1e3)]
     return results
 
