@@ -100,6 +100,35 @@ class FrameBank:
         """Frames that are held, on the device or in host memory."""
         return sorted({frame for _, frame in [*self._slots, *self._host.entries()]})
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the pages."""
+        return self.k_pages[0].dtype
+
+    @property
+    def page_shape(self) -> tuple[int, ...]:
+        """[layers, keys and values, heads, tokens, head_dim]: the pages of one frame of one video."""
+        return (len(self.k_pages), 2, *self.k_pages[0].shape[1:])
+
+    def entries(self) -> list[Entry]:
+        """Every frame of every video that is held, wherever it is."""
+        return sorted({*self._slots, *self._host.entries()})
+
+    def read(self, entry: Entry) -> Tensor:
+        """A copy of the pages of one frame, of `page_shape`, on the CPU; the frame stays where it is."""
+        if entry in self._slots:
+            slot = self._slots[entry]
+            pages = [pool[slot] for pools in zip(self.k_pages, self.v_pages, strict=True) for pool in pools]
+            return torch.stack(pages).view(self.page_shape).cpu()
+        return self._host.read(entry)
+
+    def write(self, entry: Entry, pages: Tensor) -> None:
+        """Hold a frame with these pages, of `page_shape`."""
+        self._occupy([entry], {entry})
+        for pools, halves in zip(zip(self.k_pages, self.v_pages, strict=True), pages, strict=True):
+            for pool, page in zip(pools, halves, strict=True):
+                pool[self._slots[entry]].copy_(page)
+
     def clear(self) -> None:
         """Forget all frames; the pool is kept."""
         self._host.clear()
@@ -211,6 +240,10 @@ class HostPages:
         for layer, pools in enumerate(zip(self._k_pages, self._v_pages, strict=True)):
             for half, pool in enumerate(pools):
                 pool[slot].copy_(self._places[entry][layer, half], non_blocking=True)
+
+    def read(self, entry: Entry) -> Tensor:
+        """A copy of a frame's pages."""
+        return self._places[entry].clone()
 
     def drop(self, entry: Entry) -> None:
         """Forget a page."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from longlive_rag import ops, rotary
+from longlive_rag import archive, ops, rotary
 from longlive_rag.bank import FrameBank
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.context import UNUSED, ContextPlan
@@ -122,6 +123,8 @@ class RetrievalMemory:
         self.device = torch.device(device)
         self.selection = selection or SimilaritySelection()
         rows, columns = grid
+        self.sizes: dict[str, Any] = {"batch": batch, "layers": layers, "heads": heads, "head_dim": head_dim}
+        self.sizes["grid"] = grid
         self.index = LatentIndex(capacity)
         self.bank = FrameBank(
             layers=layers,
@@ -175,6 +178,25 @@ class RetrievalMemory:
             selection=selection,
             device_frames=device_frames,
         )
+
+    def save(self, path: str | Path) -> None:
+        """Write the memory to one file, atomically: index, pages of every frame that is kept, what was retrieved.
+
+        Only one frame at a time is in memory. Save between blocks: a block that is not committed is left out. An
+        `OSError` leaves an earlier file at `path` alone.
+        """
+        archive.save_memory(self, Path(path))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: TransformerSizes | None = None,
+        shape: Sequence[int] | None = None,
+        **arguments: Any,
+    ) -> RetrievalMemory:
+        """A memory as it was when it was saved, on this machine or another; see `archive.load_memory`."""
+        return archive.load_memory(cls, Path(path), model, shape, **arguments)
 
     @property
     def committed(self) -> int:
@@ -287,6 +309,18 @@ class RetrievalMemory:
     def scale_time(self, scale: float) -> None:
         """Multiply all temporal distances by `scale`, initially 1, from the next pass on (`t_scale` of LongLive 2)."""
         torch.mul(self._wan_frequencies, scale, out=self._frequencies)
+
+    @property
+    def frequencies(self) -> Tensor:
+        """Radians per frame of the temporal rotation, float64 [P], after `scale_time`."""
+        return self._frequencies
+
+    def restore_record(self, retrieved: Sequence[tuple[int, Tensor, Tensor]], frequencies: Tensor) -> None:
+        """Take over what `save` recorded beside index and pages."""
+        self.retrieved = [Retrieval(*entry) for entry in retrieved]
+        if retrieved:
+            self._chosen = retrieved[-1][1:]
+        self._frequencies.copy_(frequencies)
 
     def commit(self, latents: Tensor) -> Tensor:
         """Finish the current block: embed its clean latents [B, F, C, H, W] and index them.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from longlive_rag import figures
 from longlive_rag.config import RetrievalConfig
+from longlive_rag.context import UNUSED
 from longlive_rag.memory import Retrieval
 
 
@@ -17,6 +21,33 @@ def retrieval_entries(retrieved: Sequence[Retrieval], video: int = 0) -> list[di
         {"start": block.block_start, "frames": block.frames[video], "similarity": block.similarity[video]}
         for block in retrieved
     ]
+
+
+def recorded_retrieval(entries: Sequence[dict[str, Any]], k: int) -> list[Retrieval]:
+    """The reverse of `retrieval_entries`, for one video.
+
+    Args:
+        entries: of a video's JSON file.
+        k: frames that a block retrieves at most.
+
+    Raises:
+        ValueError: they are not what `retrieval_entries` makes.
+    """
+    retrieved = []
+    for entry in entries:
+        try:
+            start, frames, similarity = int(entry["start"]), list(entry["frames"]), list(entry["similarity"])
+            unused = k - len(frames)
+            table = torch.tensor([frames + [UNUSED] * unused], dtype=torch.int32)
+            scores = torch.tensor([similarity + [-math.inf] * unused], dtype=torch.float32)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"an entry of retrieved must have start, frames and similarity, got {entry!r}") from error
+        if table.shape != (1, k) or scores.shape != (1, k):
+            raise ValueError(
+                f"an entry of retrieved must have at most {k} frames and as many similarities, got {entry!r}"
+            )
+        retrieved.append(Retrieval(start, table, scores))
+    return retrieved
 
 
 def draw_retrieval(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -41,6 +41,64 @@ class SimilaritySelection:
 
     def select(self, request: Request, index: LatentIndex) -> tuple[Tensor, Tensor]:
         return index.search(request.query, request.candidates.start, request.candidates.stop, request.k)
+
+
+class Recorded(Protocol):
+    """What a block retrieved, as a `Retrieval` of the memory records it."""
+
+    @property
+    def block_start(self) -> int:
+        """First frame of the block."""
+        ...
+
+    @property
+    def frame_table(self) -> Tensor:
+        """int32 [B, K], negative: unused."""
+        ...
+
+    @property
+    def similarity_table(self) -> Tensor:
+        """float32 [B, K]."""
+        ...
+
+
+class ReplaySelection:
+    """What was recorded comes back again, frames and similarities, whatever the query is.
+
+    Args:
+        recorded: the retrieval of each block, `RolloutResult.retrieved` for example.
+        afterwards: chooses for blocks after the last recorded one; None: such a block is an error.
+    """
+
+    def __init__(self, recorded: Iterable[Recorded], afterwards: Selection | None = None) -> None:
+        self.recorded = {block.block_start: block for block in recorded}
+        self.afterwards = afterwards
+        self._last = max(self.recorded, default=-1)
+
+    def select(self, request: Request, index: LatentIndex) -> tuple[Tensor, Tensor]:
+        """See `Selection`.
+
+        Raises:
+            ValueError: nothing was recorded for this block, or frames that it may not retrieve.
+        """
+        if self.afterwards is not None and request.start > self._last:
+            return self.afterwards.select(request, index)
+        if request.start not in self.recorded:
+            raise ValueError(f"the record has no entry for the block at latent frame {request.start}, which retrieves")
+        block, shape = self.recorded[request.start], (request.query.shape[0], request.k)
+        if tuple(block.frame_table.shape) != shape:
+            raise ValueError(
+                f"the record must hold [videos, frames] = {list(shape)}, got {list(block.frame_table.shape)}"
+            )
+        alien = [frame for row in block.frame_table.tolist() for frame in row if frame >= 0]
+        alien = [frame for frame in alien if frame not in request.candidates]
+        if alien:
+            raise ValueError(
+                f"the record has the block at latent frame {request.start} retrieve {alien}, but it may retrieve "
+                f"frames {request.candidates.start} to {request.candidates.stop - 1} alone"
+            )
+        device = request.query.device
+        return block.frame_table.to(device), block.similarity_table.to(device)
 
 
 class _Control(ABC):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from longlive_rag import RetrievalConfig, rollout, stream
-from longlive_rag.generation.sampling import PAPER_STEPS, Sampling, denoise, warp_steps
+from longlive_rag.config import PAPER_STEPS
+from longlive_rag.generation.sampling import Sampling, denoise, warp_steps
 from longlive_rag.models import CausalWanModel
 
 CONFIG = RetrievalConfig(context_frames=6, sink_frames=1, memory_frames=2, recency_guard=1, block_frames=2)

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from longlive_rag.config import RetrievalConfig
+from longlive_rag.config import PAPER_STEPS, RetrievalConfig
 from longlive_rag.embedding import AveragePool, Embedding
-from longlive_rag.generation.sampling import PAPER_SAMPLING, PAPER_STEPS, FreshNoise, Renoise, Sampling, denoise
+from longlive_rag.generation.sampling import PAPER_SAMPLING, FreshNoise, Renoise, Sampling, denoise
 from longlive_rag.memory import Retrieval, RetrievalMemory
 from longlive_rag.models import CausalWanModel
 from longlive_rag.selection import Selection
@@ -56,7 +56,7 @@ def stream(
     sampling: Sampling = PAPER_SAMPLING,
     embedding: Embedding | None = None,
     selection: Selection | None = None,
-    given: Tensor | None = None,
+    given: Tensor | Iterable[Tensor] | None = None,
     capacity: int = 64,
     device_frames: int | None = None,
 ) -> Iterator[FinishedBlock]:
@@ -70,9 +70,15 @@ def stream(
         sampling: the sampler's settings; default the paper's.
         embedding: what memory is searched by; default `AveragePool`.
         selection: which frames come back; default the most similar ones.
-        given: latents [B, n, C, H, W], whole blocks, that take the place of the first n frames.
+        given: latents [B, n, C, H, W], whole blocks, that take the place of the first n frames; or these blocks one at
+            a time.
         capacity: latent frames to allocate up front; pass the length of the video if it is known.
         device_frames: latent frames to keep on the device; older ones wait in host memory (see `RetrievalMemory`).
+
+    To go on with a video that was stopped, pass its finished latents as `given`, ``ReplaySelection(retrieved,
+    SimilaritySelection())`` with what its blocks retrieved, and a generator or `Sampling.renoise` that has already made
+    the draws of these blocks: what follows is the same to the last bit. A given block costs one pass of the model; no
+    noise is drawn for it, and only the shape of its entry in `noise` matters.
 
     Yields:
         The finished blocks in order.
@@ -99,11 +105,12 @@ def _blocks(
     noise: Iterable[Tensor],
     schedule: list[tuple[int, Tensor]],
     sampling: Sampling,
-    given: Tensor | None,
+    given: Tensor | Iterable[Tensor] | None,
     open_memory: Callable[[Sequence[int]], RetrievalMemory],
 ) -> Iterator[FinishedBlock]:
     fresh_noise = FreshNoise(sampling, model.patch_embedding.weight.device)
     memory: RetrievalMemory | None = None
+    given_blocks: Iterator[Tensor] = iter(())
     start = 0
     try:
         for block_noise in noise:
@@ -113,13 +120,17 @@ def _blocks(
             if memory is None:
                 memory = open_memory(block_noise.shape)
                 _check_given(given, block_noise, memory.config)
+                given_blocks = iter(given.split(frames, dim=1) if isinstance(given, Tensor) else given or ())
             while schedule and schedule[0][0] <= start:
                 prompt = model.prepare_prompt(_matching_prompt(schedule.pop(0)[1], batch, block_noise.device))
             predict = partial(model, prompt=prompt, attention=memory)
 
             memory.begin_block(start, frames)
-            if given is not None and start < given.shape[1]:
-                clean = given[:, start : start + frames].to(block_noise).contiguous()
+            given_block = next(given_blocks, None)
+            if given_block is not None:
+                _check_given(given_block, block_noise, memory.config)
+                # A tensor of its own: libraries may add up in another order at addresses that are aligned otherwise.
+                clean = given_block.to(block_noise).clone(memory_format=torch.contiguous_format)
                 if memory.config.query == "draft":
                     memory.ask(clean)
             else:
@@ -158,7 +169,9 @@ def rollout(
         noise: [B, frames, C, H, W]; frames a multiple of ``config.block_frames``.
 
     Returns:
-        The video. After KeyboardInterrupt, what was finished by then, with ``interrupted`` set.
+        The video. After KeyboardInterrupt, what was finished by then, with ``interrupted`` set; its `latents` and
+        `retrieved` are what the next call needs to go on from there (see `stream`; with the default `renoise`, whose
+        generator begins anew, later blocks get other fresh noise than without the interruption).
     """
     _check_policy(config, embedding)
     sampling = Sampling(tuple(denoising_steps), timestep_shift, context_noise, seed, renoise)
@@ -215,8 +228,8 @@ def _check_latents(name: str, latents: Tensor, model: CausalWanModel) -> None:
         raise ValueError(f"{name} must be finite, got NaN or infinity")
 
 
-def _check_given(given: Tensor | None, noise: Tensor, config: RetrievalConfig) -> None:
-    if given is None:
+def _check_given(given: object, noise: Tensor, config: RetrievalConfig) -> None:
+    if not isinstance(given, Tensor):
         return
     if given.ndim != 5 or given.shape[0] != noise.shape[0] or given.shape[2:] != noise.shape[2:]:
         raise ValueError(
