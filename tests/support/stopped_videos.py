@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longlive_rag import RetrievalConfig
+from longlive_rag import RetrievalConfig, figures
 from longlive_rag.embedding import AveragePool
-from longlive_rag.generation.pipeline import Pipeline, VideoSettings
+from longlive_rag.generation.pipeline import Pipeline, VideoSettings, video_journal
 from longlive_rag.generation.sampling import Sampling
 from longlive_rag.generation.wan_vae import StreamingDecoder
 from longlive_rag.models import CausalWanModel
@@ -85,11 +85,10 @@ def _die_at(step: int, torn: bool, folder: str) -> None:
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal left
-        if (
-            event not in CHANGES
-            or not str(arguments[0]).startswith(folder)
-            or (event == "open" and not _writes(arguments))
-        ):
+        if event not in CHANGES or (event == "open" and not _writes(arguments)):
+            return
+        below = event in ("os.remove", "os.rmdir") and arguments[1] != -1  # a name in a folder that is being removed
+        if not (below or str(arguments[0]).startswith(folder)):
             return
         left -= 1
         if left > 0:
@@ -112,6 +111,7 @@ def _writes(arguments: tuple[Any, ...]) -> bool:
 def _serve() -> None:
     torch.set_num_threads(1)
     pipeline = tiny_pipeline()
+    figures.figure(1, 1)  # imports what every fork will need
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()
@@ -121,7 +121,11 @@ def _serve() -> None:
                 os.dup2(2, 1)
                 if request.get("step"):
                     _die_at(request["step"], request.get("torn", False), request["output"])
-                make_video(pipeline, Path(request["output"]))
+                if not (Path(request["output"]) / "cat.mp4").is_file():
+                    make_video(pipeline, Path(request["output"]))
+                video_journal(
+                    Path(request["output"]) / "cat.mp4", FACTS, pipeline.settings, None, pipeline.device
+                ).remove_finished()
                 status = 0
             finally:
                 os._exit(status)
