@@ -11,7 +11,7 @@ import torch
 
 from longlive_rag import figures
 from longlive_rag.config import RetrievalConfig
-from longlive_rag.context import UNUSED
+from longlive_rag.context import UNUSED, ContextPlan
 from longlive_rag.memory import Retrieval
 
 
@@ -23,30 +23,39 @@ def retrieval_entries(retrieved: Sequence[Retrieval], video: int = 0) -> list[di
     ]
 
 
-def recorded_retrieval(entries: Sequence[dict[str, Any]], k: int) -> list[Retrieval]:
+def recorded_retrieval(
+    entries: Sequence[dict[str, Any]], config: RetrievalConfig, latent_frames: int
+) -> list[Retrieval]:
     """The reverse of `retrieval_entries`, for one video.
 
     Args:
         entries: of a video's JSON file.
-        k: frames that a block retrieves at most.
+        config: the policy that the video was made with.
+        latent_frames: length of the video.
 
     Raises:
-        ValueError: they are not what `retrieval_entries` makes.
+        ValueError: they are not what `retrieval_entries` makes of such a video.
     """
     retrieved = []
     for entry in entries:
         try:
             start, frames, similarity = int(entry["start"]), list(entry["frames"]), list(entry["similarity"])
-            unused = k - len(frames)
+            unused = config.memory_frames - len(frames)
             table = torch.tensor([frames + [UNUSED] * unused], dtype=torch.int32)
             scores = torch.tensor([similarity + [-math.inf] * unused], dtype=torch.float32)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"an entry of retrieved must have start, frames and similarity, got {entry!r}") from error
-        if table.shape != (1, k) or scores.shape != (1, k):
+        candidates = ContextPlan(config, start, config.block_frames).candidates
+        if unused < 0 or not set(frames) <= set(candidates) or table.shape != scores.shape:
             raise ValueError(
-                f"an entry of retrieved must have at most {k} frames and as many similarities, got {entry!r}"
+                f"the block at latent frame {start} may retrieve {config.memory_frames} of the frames "
+                f"{candidates.start} to {candidates.stop - 1}, each with its similarity, got {entry!r}"
             )
         retrieved.append(Retrieval(start, table, scores))
+    blocks = range(0, latent_frames, config.block_frames)
+    expected = [start for start in blocks if ContextPlan(config, start, config.block_frames).candidates]
+    if [block.block_start for block in retrieved] != expected:
+        raise ValueError(f"retrieved must have an entry for each block that may retrieve, at latent frames {expected}")
     return retrieved
 
 

@@ -322,11 +322,11 @@ def _replayed(path: Path, prompts: list[str], facts: dict[str, Any], settings: V
         raise ValueError(f"replay repeats one video and takes one prompt, got {len(prompts)}")
     try:
         log = json.loads(path.read_text(encoding="utf-8"))
-        before, retrieved = _log_settings(log, facts), log["retrieved"]
+        before, retrieved, frames = _log_settings(log, facts), list(log["retrieved"]), int(log["latent_frames"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"replay must be the JSON file beside a video, got {path} ({error!r})") from error
     changed = changed_settings(before, {"prompt": prompts[0], **facts, **settings.flat()})
     if changed:
         raise ValueError(f"replay {path} is of a video with other settings ({changed})")
-    recorded_retrieval(retrieved, settings.policy.memory_frames)
-    return list(retrieved)
+    recorded_retrieval(retrieved, settings.policy, frames)
+    return retrieved

@@ -202,7 +202,7 @@ class Pipeline:
         journal.open()
         selection: Selection = SimilaritySelection()
         if replay is not None:
-            selection = ReplaySelection(recorded_retrieval(replay, config.memory_frames))
+            selection = ReplaySelection(recorded_retrieval(replay, config, self.latent_frames))
         blocks = self.latent_frames // config.block_frames
         for remark in journal.remarks:
             print(remark)

@@ -76,9 +76,9 @@ def stream(
         device_frames: latent frames to keep on the device; older ones wait in host memory (see `RetrievalMemory`).
 
     To go on with a video that was stopped, pass its finished latents as `given`, ``ReplaySelection(retrieved,
-    SimilaritySelection())`` with what its blocks retrieved, and a generator or `Sampling.renoise` that has already made
-    the draws of these blocks: what follows is the same to the last bit. A given block costs one pass of the model; no
-    noise is drawn for it, and only the shape of its entry in `noise` matters.
+    SimilaritySelection())`` with what its blocks retrieved, and a `Sampling.renoise` that counts on from the draws of
+    these blocks, ``len(denoising_steps) - 1`` each: what follows is the same to the last bit. A given block costs one
+    pass of the model; no noise is drawn for it, and only the shape of its entry in `noise` matters.
 
     Yields:
         The finished blocks in order.
@@ -170,8 +170,8 @@ def rollout(
 
     Returns:
         The video. After KeyboardInterrupt, what was finished by then, with ``interrupted`` set; its `latents` and
-        `retrieved` are what the next call needs to go on from there (see `stream`; with the default `renoise`, whose
-        generator begins anew, later blocks get other fresh noise than without the interruption).
+        `retrieved` are what another call needs to go on from there (see `stream`). With the default `renoise`, whose
+        generator begins anew, that call gives later blocks other fresh noise.
     """
     _check_policy(config, embedding)
     sampling = Sampling(tuple(denoising_steps), timestep_shift, context_noise, seed, renoise)
