@@ -12,6 +12,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
 
+# Newer ones need torch.accelerator, which torch 2.6 brought.
+BESIDE := $(if $(filter torch==2.5%,$(TORCH)),"diffusers==0.36.*" "transformers==4.51.*")
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f)
@@ -58,5 +60,5 @@ $(VENV)/torch: | $(BIN)/python
 
 # Editable: Python files are used where they lie, so only a change of the native code or of the metadata installs again.
 $(VENV)/installed: $(VENV)/torch pyproject.toml $(NATIVE_SOURCES)
-	$(PIP) install --editable ".[dev,wan]"
+	$(PIP) install --editable ".[dev,wan]" $(BESIDE)
 	@touch $@

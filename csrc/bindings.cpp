@@ -7,16 +7,19 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #ifdef LONGLIVE_RAG_CUDA_VERSION
 #include "cuda/attend.h"
 #include "cuda/device.h"
 #include "cuda/insert.h"
+#include "cuda/pack.h"
 #include "cuda/retrieve.h"
 #endif
 
@@ -69,6 +72,30 @@ void bind_insert(const Rows& k, const Rows& v, const Rows& q, Address k_pages, A
           .dtype = dtype,
           .eps = eps},
          pointer(stream));
+}
+
+using PackOperation = void (*)(const PackArguments&, void*);
+
+template <PackOperation kOperation>
+void bind_pack(const std::vector<Address>& k_pages, const std::vector<Address>& v_pages, Address packed,
+               int64_t slot, const std::array<int, 3>& page_shape, int bits, int dtype, int device,
+               Address stream) {
+  const auto& [heads, tokens, head_dim] = page_shape;
+  std::vector<void*> k(k_pages.size()), v(v_pages.size());
+  std::transform(k_pages.begin(), k_pages.end(), k.begin(), pointer<>);
+  std::transform(v_pages.begin(), v_pages.end(), v.begin(), pointer<>);
+  const DeviceGuard guard(device);
+  kOperation({.k_pages = k.data(),
+              .v_pages = v.data(),
+              .packed = pointer<uint8_t>(packed),
+              .slot = slot,
+              .layers = static_cast<int>(k.size()),
+              .heads = heads,
+              .tokens = tokens,
+              .head_dim = head_dim,
+              .bits = bits,
+              .dtype = dtype},
+             pointer(stream));
 }
 
 size_t bind_retrieve_workspace(int batch, int count, int k, int device) {
@@ -164,6 +191,8 @@ PYBIND11_MODULE(_C, module) {
   module.attr("cuda_version") = LONGLIVE_RAG_CUDA_VERSION;
   module.attr("cuda_architectures") = LONGLIVE_RAG_CUDA_ARCHITECTURES;
   module.def("insert", &bind_insert);
+  module.def("pack", &bind_pack<pack>);
+  module.def("unpack", &bind_pack<unpack>);
   module.def("retrieve", &bind_retrieve);
   module.def("retrieve_workspace", &bind_retrieve_workspace);
   py::class_<AttendOptions>(module, "AttendOptions", py::module_local())

@@ -184,8 +184,9 @@ def test_includes_run_downwards() -> None:
     assert upwards == []
 
 
-@pytest.mark.parametrize("name", ops.__all__)
+@pytest.mark.parametrize("name", [path.stem for path in (PACKAGE / "ops").glob("[a-z]*.py")])
 def test_an_operation_is_one_word_everywhere(name: str) -> None:
+    assert name in ops.__all__
     parts = [
         f"csrc/cuda/{name}.cu",
         f"csrc/cuda/{name}.h",

@@ -13,15 +13,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from longlive_rag.backbones import patch
+    from longlive_rag.budget import Budget
     from longlive_rag.config import RetrievalConfig
     from longlive_rag.generation.rollout import rollout, stream
     from longlive_rag.memory import RetrievalMemory
 
 __version__ = "0.1.0"
 
-__all__ = ["RetrievalConfig", "RetrievalMemory", "__version__", "patch", "rollout", "stream"]
+__all__ = ["Budget", "RetrievalConfig", "RetrievalMemory", "__version__", "patch", "rollout", "stream"]
 
 _MODULES = {
+    "Budget": "longlive_rag.budget",
     "RetrievalConfig": "longlive_rag.config",
     "RetrievalMemory": "longlive_rag.memory",
     "patch": "longlive_rag.backbones",

@@ -23,10 +23,12 @@ from torch import Tensor, nn
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.embedding import AveragePool
 from longlive_rag.files import atomic_path
+from longlive_rag.selection import Retrieval
 
 if TYPE_CHECKING:
     from longlive_rag.embedding import Embedding
-    from longlive_rag.memory import RetrievalMemory, TransformerSizes
+    from longlive_rag.memory import RetrievalMemory
+    from longlive_rag.models.sizes import TransformerSizes
 
 _FORMAT = "longlive_rag archive"
 _VERSION = "1"
@@ -177,27 +179,39 @@ def _content(tensor: Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
-def save_memory(memory: RetrievalMemory, path: Path) -> None:
-    """See `RetrievalMemory.save`."""
-    committed, bank = memory.committed, memory.bank
-    entries = sorted(entry for entry in bank.entries() if entry[1] < committed)
-    retrieved = memory.retrieved
+def save_memory(memory: RetrievalMemory, path: str | Path) -> None:
+    """Write the memory to one file, atomically: index, pages of every frame that is kept, what was retrieved.
+
+    One frame at a time is copied. Pages that are packed below the device are saved unpacked. Save between blocks: one
+    that is not committed is left out.
+
+    Raises:
+        OSError: the file cannot be written; an earlier one at `path` is left alone.
+        ValueError: the budget rebuilds frames, which are no longer there to be saved.
+    """
+    bank, index, retrieved = memory.bank, memory.index, memory.retrieved
+    if bank.latents is not None:
+        raise ValueError("a memory can be saved only without budget.rebuild, whose frames have no keys and values")
+    entries = [entry for entry in bank.entries() if entry[1] < memory.committed]
     small = {
-        "frequencies": memory.frequencies,
+        "frequencies": memory._frequencies,
         "retrieved.starts": torch.tensor([block.block_start for block in retrieved], dtype=torch.int64),
-        **({"embeddings": memory.index.embeddings, "inverse_norms": memory.index.inverse_norms} if committed else {}),
     }
+    if memory.committed:
+        small |= {"embeddings": index.embeddings, "inverse_norms": index.inverse_norms}
     if retrieved:
         small["retrieved.frames"] = torch.stack([block.frame_table for block in retrieved])
         small["retrieved.similarity"] = torch.stack([block.similarity_table for block in retrieved])
+    dtype, shape = bank.pages
     specs = {name: spec_of(tensor) for name, tensor in small.items()}
-    specs |= {f"pages.{video}.{frame}": Spec(bank.dtype, bank.page_shape) for video, frame in entries}
+    specs |= {f"pages.{video}.{frame}": Spec(dtype, shape) for video, frame in entries}
+    layers, _, heads, _, head_dim = shape
     facts = {
         "config": asdict(memory.config),
-        "sizes": {name: memory.sizes[name] for name in ("batch", "layers", "heads", "head_dim", "grid")},
-        "dtype": str(bank.dtype).removeprefix("torch."),
+        "sizes": {"batch": memory.batch, "layers": layers, "heads": heads, "head_dim": head_dim, "grid": memory.grid},
+        "dtype": str(dtype).removeprefix("torch."),
         "embedding": _embedding_facts(memory.embedding),
-        "committed": committed,
+        "committed": memory.committed,
     }
 
     def tensors() -> Iterator[Tensor]:
@@ -205,12 +219,12 @@ def save_memory(memory: RetrievalMemory, path: Path) -> None:
         for entry in entries:
             yield bank.read(entry)
 
-    write(path, "retrieval memory", facts, specs, tensors())
+    write(Path(path), "retrieval memory", facts, specs, tensors())
 
 
 def load_memory(
     cls: type[RetrievalMemory],
-    path: Path,
+    path: str | Path,
     model: TransformerSizes | None = None,
     shape: Sequence[int] | None = None,
     *,
@@ -227,13 +241,13 @@ def load_memory(
         shape: of the latents, [B, F, C, H, W], any F and C; with `model`, batch and grid are compared too.
         embedding: the one it was made with; default `AveragePool`.
         device: of the pages; default that of the model, or the CPU.
-        arguments: more for `cls`: the selection, and what may stay on the device.
+        arguments: more for `cls`: selection and budget.
 
     Raises:
         OSError: the file is missing or may not be read.
         ValueError: it is truncated, altered, something else, or of another model or embedding.
     """
-    with SavedMemory(path) as saved:
+    with SavedMemory(Path(path)) as saved:
         if model is not None:
             saved.check_model(model, shape)
             device = device or next(model.parameters()).device
@@ -243,7 +257,7 @@ def load_memory(
             device=device or "cpu",
             dtype=saved.dtype,
             embedding=embedding or AveragePool(),
-            **{"capacity": max(1, saved.committed), **arguments},
+            **arguments,
         )
         try:
             saved.restore(memory)
@@ -310,18 +324,29 @@ class SavedMemory:
         if saved != now:
             raise ValueError(f"{self.path} must be searched by the embedding it was made with, {saved}, got {now}")
         small: dict[str, Tensor] = {}
+        known = False
         for name, tensor in self._archive:
             kind, _, rest = name.partition(".")
-            if kind == "pages":
-                video, frame = map(int, rest.split("."))
-                memory.bank.write((video, frame), tensor)
-            else:
+            if kind != "pages":
                 small[name] = tensor.to(memory.device)
-        if self.committed:
-            memory.index.restore(small["embeddings"], small["inverse_norms"])
+                continue
+            if not known:  # before the pages, of which some may have to be forgotten
+                _restore_index(memory, small)
+                known = True
+            video, frame = map(int, rest.split("."))
+            memory.bank.write((video, frame), tensor)
         starts = small["retrieved.starts"].tolist()
         tables = (small[f"retrieved.{name}"].unbind() if starts else () for name in ("frames", "similarity"))
-        memory.restore_record(list(zip(starts, *tables, strict=True)), small["frequencies"])
+        memory.retrieved = [Retrieval(*entry) for entry in zip(starts, *tables, strict=True)]
+        memory._chosen = memory.retrieved[-1] if starts else None
+        memory._frequencies.copy_(small["frequencies"])
+
+
+def _restore_index(memory: RetrievalMemory, small: Mapping[str, Tensor]) -> None:
+    memory.index.restore(small["embeddings"], small["inverse_norms"])
+    memory.bank.forgotten = len(memory.index.forgotten)
+    if memory._forgetting is not None:
+        memory._forgetting.restore()
 
 
 def _embedding_facts(embedding: Embedding) -> dict[str, Any]:

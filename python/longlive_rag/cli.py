@@ -33,6 +33,7 @@ COMMANDS = {
     "info": Command(
         "longlive_rag.commands.info", "Info", "what is installed, and whether a GPU can be used", "start here"
     ),
+    "check": Command("longlive_rag.commands.check", "Check", "whether the kernels are right on this GPU", "start here"),
     "demo": Command(
         "longlive_rag.commands.demo", "Demo", "one long video under every context policy, on any machine", "start here"
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 Positions = Literal["relative", "absolute"]
 Query = Literal["latest", "draft"]
@@ -62,6 +62,23 @@ class RetrievalConfig:
                 f"sink_frames + memory_frames + block_frames must fit into context_frames, got "
                 f"{self.sink_frames} + {self.memory_frames} + {self.block_frames} = {needed} > {self.context_frames}"
             )
+
+    @classmethod
+    def from_backbone(cls, model: Any) -> RetrievalConfig:
+        """The paper's memory within the window that a causal video model has by itself: what `patch(model)` uses.
+
+        Window, sink, block length and, where they are published, memory and recency guard are read off the model and
+        its pipeline. What they do not say is the paper's.
+
+        Args:
+            model: as for `patch`; a pipeline says more than a bare transformer.
+
+        Raises:
+            TypeError, ValueError: as `patch` does of a model; or its window has no room for memory.
+        """
+        from longlive_rag.backbones.patching import config_for
+
+        return config_for(model, "memory")
 
     @property
     def local_frames(self) -> int:

@@ -96,6 +96,11 @@ class ContextPlan:
         """Retrieved frames [B, K]; those that the block sees anyway become `UNUSED`."""
         return frames
 
+    @property
+    def memory_at_zero(self) -> bool:
+        """Whether `memory_positions` are 0 whatever is retrieved."""
+        return self.config.positions == "relative"
+
     def memory_positions(self, frames: Tensor) -> Tensor:
         """Temporal positions of retrieved frames, int32 like `frames` [B, K]; negative entries are unused."""
-        return frames if self.config.positions == "absolute" else torch.zeros_like(frames)
+        return torch.zeros_like(frames) if self.memory_at_zero else frames

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from longlive_rag import ops
+from longlive_rag.tiers import Entry
 
 
 class LatentIndex:
@@ -17,6 +18,8 @@ class LatentIndex:
     def __init__(self, capacity: int = 64) -> None:
         self.count = 0
         """Committed frames."""
+        self.forgotten: set[Entry] = set()
+        """Frames that may not come back, their keys and values being gone; `search` does not find them."""
         self._capacity = capacity
         self._keys: Tensor | None = None
         self._inverse_norms: Tensor | None = None
@@ -36,10 +39,11 @@ class LatentIndex:
         return self._inverse_norms[:, : self.count]
 
     def restore(self, embeddings: Tensor, inverse_norms: Tensor) -> None:
-        """Hold exactly these embeddings [B, N, D] and inverse norms [B, N], from a saved index."""
+        """Hold these embeddings [B, N, D] and inverse norms [B, N], NaN for forgotten frames, of a saved index."""
         self.clear()
         self.put(0, embeddings)
         self.inverse_norms.copy_(inverse_norms)
+        self.forgotten = {(video, frame) for video, frame in inverse_norms.isnan().nonzero().tolist()}
 
     def put(self, start: int, embeddings: Tensor) -> None:
         """Store the embeddings [B, F, D] of frames ``start ..``: append them, or replace those of a recomputed block.
@@ -65,16 +69,27 @@ class LatentIndex:
             self._keys[:, : self.count] = keys[:, : self.count]
             self._inverse_norms[:, : self.count] = inverse_norms[:, : self.count]
         self._keys[:, start:end] = embeddings
-        norms = torch.linalg.vector_norm(embeddings.float(), dim=-1)
-        self._inverse_norms[:, start:end] = 1 / norms.clamp_min(1e-12)
+        norms = torch.linalg.vector_norm(embeddings, dim=-1, dtype=torch.promote_types(embeddings.dtype, torch.float32))
+        torch.reciprocal(norms.clamp_min_(1e-12), out=self._inverse_norms[:, start:end])
+        self.forgotten = {entry for entry in self.forgotten if entry[1] < start}
         self.count = end
 
     def _allocate(self, like: Tensor, capacity: int) -> None:
         self._keys = like.new_zeros(like.shape[0], capacity, like.shape[2])
         self._inverse_norms = torch.zeros(like.shape[0], capacity, dtype=torch.float32, device=like.device)
 
-    def search(self, query: Tensor, first: int, last: int, k: int) -> tuple[Tensor, Tensor]:
-        """The k frames in ``first <= frame < last`` most similar to the query [B, D]; see `ops.retrieve`."""
+    def forget(self, video: int, frame: int) -> None:
+        """The keys and values of a frame are gone: it keeps its embedding, but is not found any more."""
+        assert self._inverse_norms is not None
+        self._inverse_norms[video, frame] = torch.nan
+        self.forgotten.add((video, frame))
+
+    def search(self, query: Tensor, first: int | Tensor, last: int | Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k frames in ``first <= frame < last`` most similar to the query [B, D]; see `ops.retrieve`.
+
+        Args:
+            first, last: integers, or int32 tensors [B] on the index's device, which cost no transfer.
+        """
         keys = self.embeddings
         assert self._inverse_norms is not None
         return ops.retrieve(query.to(keys.dtype), keys, self._inverse_norms[:, : self.count], first, last, k)
@@ -89,3 +104,4 @@ class LatentIndex:
     def clear(self) -> None:
         """Forget all frames, but keep the storage."""
         self.count = 0
+        self.forgotten = set()

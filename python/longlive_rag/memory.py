@@ -2,73 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longlive_rag import archive, ops, rotary
-from longlive_rag.bank import FrameBank
+from longlive_rag.attention import PagedAttention
+from longlive_rag.bank import FrameBank, Usage
+from longlive_rag.budget import Budget, format_bytes
 from longlive_rag.config import RetrievalConfig
-from longlive_rag.context import UNUSED, ContextPlan
+from longlive_rag.context import ContextPlan
 from longlive_rag.embedding import Embedding
 from longlive_rag.index import LatentIndex
-from longlive_rag.selection import Request, Selection, SimilaritySelection
+from longlive_rag.models.sizes import TransformerSizes
+from longlive_rag.selection import Request, Retrieval, Selection, SimilaritySelection
+from longlive_rag.tables import Tables, uploadable
+from longlive_rag.tiers.forgetting import Forgetting
+from longlive_rag.tiers.latents import CleanPass, LatentTier
+from longlive_rag.tiers.pages import frame_bytes
 
-
-@dataclass(frozen=True)
-class Retrieval:
-    """What one block retrieved."""
-
-    block_start: int
-    frame_table: Tensor
-    """int32 [B, K], negative: unused. On the memory's device, so that recording it does not stop the GPU."""
-    similarity_table: Tensor
-    """float32 [B, K]."""
-
-    @property
-    def frames(self) -> list[list[int]]:
-        """Retrieved frames of each video, most similar first."""
-        return [[frame for frame in row if frame >= 0] for row in self.frame_table.tolist()]
-
-    @property
-    def similarity(self) -> list[list[float]]:
-        """Cosine similarity of each retrieved frame."""
-        rows = zip(self.frame_table.tolist(), self.similarity_table.tolist(), strict=True)
-        return [[value for frame, value in zip(*row, strict=True) if frame >= 0] for row in rows]
-
-
-class Tables(NamedTuple):
-    """What the operations read of a block: int32 on the device, one row per video, `UNUSED` where there is nothing."""
-
-    block_slots: Tensor
-    """[B, F]: the slot that each frame of the block is written to."""
-    slots: Tensor
-    """[B, N]: the slot of each context entry."""
-    positions: Tensor
-    """[B, N]: its temporal position."""
-    query_positions: Tensor
-    """[B, F]: temporal position of each frame of the block."""
-
-
-class TransformerSizes(Protocol):
-    """What a transformer says of itself, as `CausalWanModel` does, so that a memory can be made for it."""
-
-    num_layers: int
-    num_heads: int
-    head_dim: int
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Its weights; the first one has the device and dtype of the keys."""
-        ...
-
-    def token_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of tokens of a latent frame of this size."""
-        ...
+_NO_BLOCK = "no block has begun: call begin_block(start, frames) first"
 
 
 class RetrievalMemory:
@@ -89,12 +44,14 @@ class RetrievalMemory:
         grid: rows and columns of tokens in a latent frame.
         device, dtype: of the pages, and of the keys and values passed to `attend`.
         embedding: maps clean latents [N, C, H, W] to [N, D].
-        capacity: latent frames to allocate up front (see `FrameBank`); ignored without memory, when only the window is
-            kept.
         selection: which frames come back; default the most similar ones.
-        device_frames: keep at most this many latent frames of each video on the device, at least `context_frames`;
-            older ones wait in host memory, and what is retrieved is copied back once per block. This costs one
-            synchronisation per block. None: all stay on the device.
+        budget: of device, host and disk, in bytes; default all that is free on the device, then half of host memory.
+            Without memory only the window is kept, and all of it on the device. Once frames are below the device, a
+            block costs one short wait for the device, since the host has to know what was chosen.
+        clean_pass: of the model, with which keys and values are rebuilt if ``budget.rebuild``.
+
+    Raises:
+        ValueError: the budget is too small for a block, or asks to rebuild without a `clean_pass`.
 
     Source: LongLive-RAG (arXiv 2606.02553), section 3; docs/architecture.md.
     """
@@ -111,39 +68,63 @@ class RetrievalMemory:
         device: torch.device | str,
         dtype: torch.dtype,
         embedding: Embedding,
-        capacity: int = 64,
         selection: Selection | None = None,
-        device_frames: int | None = None,
+        budget: Budget | None = None,
+        clean_pass: CleanPass | None = None,
     ) -> None:
-        if device_frames is not None and device_frames < config.context_frames:
-            raise ValueError(
-                f"device_frames must be at least context_frames = {config.context_frames}, got {device_frames}"
-            )
-        self.config, self.batch, self.embedding = config, batch, embedding
+        budget = budget or Budget()
+        self.config, self.batch, self.grid, self.embedding = config, batch, grid, embedding
         self.device = torch.device(device)
+        self._cuda = self.device.type == "cuda"
         self.selection = selection or SimilaritySelection()
         rows, columns = grid
-        self.sizes: dict[str, Any] = {"batch": batch, "layers": layers, "heads": heads, "head_dim": head_dim}
-        self.sizes["grid"] = grid
-        self.index = LatentIndex(capacity)
+        tokens = rows * columns
+        page = frame_bytes(layers=layers, heads=heads, tokens=tokens, head_dim=head_dim, dtype=dtype)
+        needed = batch * config.context_frames * page
+        if budget.device is not None and budget.device < needed:
+            raise ValueError(
+                f"budget.device must be at least {format_bytes(needed)} ({needed} bytes), what a block of {batch} "
+                f"videos writes and sees with context_frames = {config.context_frames}, got "
+                f"{format_bytes(budget.device)}"
+            )
+        self.index = LatentIndex()
+        self._forgetting = (
+            Forgetting(self.index, batch, config.sink_frames) if budget.forget and not budget.rebuild else None
+        )
         self.bank = FrameBank(
             layers=layers,
             batch=batch,
             heads=heads,
-            tokens=rows * columns,
+            tokens=tokens,
             head_dim=head_dim,
-            capacity=capacity if config.memory_frames else config.context_frames + config.block_frames,
+            frames=config.context_frames + config.block_frames,
             device=device,
             dtype=dtype,
-            device_frames=device_frames if config.memory_frames else None,
+            budget=budget if config.memory_frames else Budget(),
+            written=config.block_frames,
+            retrieved=config.memory_frames,
+            forgetting=self._forgetting,
         )
         self.retrieved: list[Retrieval] = []
         """One entry for each block that retrieved something."""
         self._rotation = rotary.spatial_rotation(rows, columns, head_dim, device)
         self._wan_frequencies = rotary.temporal_frequencies(head_dim, device)
         self._frequencies = self._wan_frequencies.clone()
+        if budget.rebuild:
+            if clean_pass is None:
+                raise ValueError(
+                    "budget.rebuild needs the clean pass of the model, which `stream`, `rollout` and the command "
+                    "generate supply for CausalWanModel; got none"
+                )
+            pools = self.bank.k_pages, self.bank.v_pages
+            self.bank.latents = LatentTier(clean_pass, *pools, self._rotation, self._frequencies)
         self._plan: ContextPlan | None = None
-        self._chosen: tuple[Tensor, Tensor] | None = None
+        self._chosen: Retrieval | None = None
+        # The block's choice as the host knows it.
+        self._read: tuple[Retrieval, Tensor] | None = None
+        # Whether an attention was captured or compiled: then later passes may begin without a call of `attend`.
+        self._unseen_passes = False
+        self._attention = PagedAttention(self._rotation, self._frequencies, head_dim)
         # By length of the block and number of columns. Captured graphs read these addresses, so none is ever replaced.
         self._all_tables: dict[tuple[int, int], Tables] = {}
         self._tables = self._tables_for(config.block_frames, config.context_frames)
@@ -157,9 +138,9 @@ class RetrievalMemory:
         config: RetrievalConfig,
         *,
         embedding: Embedding,
-        capacity: int = 64,
         selection: Selection | None = None,
-        device_frames: int | None = None,
+        budget: Budget | None = None,
+        clean_pass: CleanPass | None = None,
     ) -> RetrievalMemory:
         """A memory of the model's sizes, device and dtype for latents of `shape` [B, F, C, H, W], any F and C."""
         batch, _, _, height, width = shape
@@ -174,29 +155,13 @@ class RetrievalMemory:
             device=weight.device,
             dtype=weight.dtype,
             embedding=embedding,
-            capacity=capacity,
             selection=selection,
-            device_frames=device_frames,
+            budget=budget,
+            clean_pass=clean_pass,
         )
 
-    def save(self, path: str | Path) -> None:
-        """Write the memory to one file, atomically: index, pages of every frame that is kept, what was retrieved.
-
-        Only one frame at a time is in memory. Save between blocks: a block that is not committed is left out. An
-        `OSError` leaves an earlier file at `path` alone.
-        """
-        archive.save_memory(self, Path(path))
-
-    @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        model: TransformerSizes | None = None,
-        shape: Sequence[int] | None = None,
-        **arguments: Any,
-    ) -> RetrievalMemory:
-        """A memory as it was when it was saved, on this machine or another; see `archive.load_memory`."""
-        return archive.load_memory(cls, Path(path), model, shape, **arguments)
+    save = archive.save_memory
+    load = classmethod(archive.load_memory)
 
     @property
     def committed(self) -> int:
@@ -211,7 +176,7 @@ class RetrievalMemory:
             RuntimeError: no block has begun.
         """
         if self._plan is None:
-            raise RuntimeError("no block has begun: call begin_block(start, frames) first")
+            raise RuntimeError(_NO_BLOCK)
         return self._plan
 
     def begin_block(self, start: int, frames: int) -> None:
@@ -235,6 +200,7 @@ class RetrievalMemory:
                 f"before the next), got {plan.start}"
             )
         self._plan, self._rewritten = plan, None
+        self._attention.expect_new_tables()
         if not self.config.memory_frames:
             for frame in self.bank.frames():
                 if not plan.keeps(frame):
@@ -247,7 +213,8 @@ class RetrievalMemory:
         elif self.config.query == "latest":
             self._choose(self.index.embeddings[:, plan.start - 1])
         elif self._chosen is not None:
-            self._write_memory(self._chosen[0])
+            self._write_memory(self._chosen)
+        self._get_ready()
 
     def ask(self, latents: Tensor) -> None:
         """Query with a draft of the current block, its clean prediction [B, F, C, H, W] after the first denoising step.
@@ -256,6 +223,7 @@ class RetrievalMemory:
         """
         if self.plan.candidates:
             self._choose(torch.nn.functional.normalize(self._embed(latents), dim=-1).mean(dim=1))
+            self._get_ready()
 
     def attend(
         self,
@@ -279,48 +247,41 @@ class RetrievalMemory:
         Returns:
             [B, F * T, H, D].
         """
-        plan = self.plan
-        if k.shape[:2] != (self.batch, plan.frames):
-            raise ValueError(
-                f"k must hold {self.batch} videos and the block's {plan.frames} frames, [B, F, T, H, D], "
-                f"got {list(k.shape)}"
-            )
+        if self._plan is None:
+            raise RuntimeError(_NO_BLOCK)
+        transfer = self.bank.transfer
+        if torch.compiler.is_compiling():
+            self._unseen_passes = True
+        else:
+            if layer == 0 and self._cuda and torch.cuda.is_current_stream_capturing():
+                self._unseen_passes = True
+                if transfer.busy:
+                    raise RuntimeError(
+                        "frames are on their way to the device: run a pass of the block before its capture"
+                    )
+            if transfer.busy:
+                transfer.before(layer)
+            if transfer.timeline is not None:
+                transfer.attends(layer)
         k_pages, v_pages = self.bank.k_pages[layer], self.bank.v_pages[layer]
-        tables = self._tables
-        turned = ops.insert(k, v, k_weight, self._rotation, k_pages, v_pages, tables.block_slots, eps, q, q_weight)
-        assert turned is not None
-        return ops.attend(
-            turned, k_pages, v_pages, tables.slots, tables.positions, tables.query_positions, self._frequencies
-        )
+        return self._attention(layer, q, k, v, q_weight, k_weight, eps, k_pages, v_pages, self._tables)
 
     def rewrite(self, layer: int, frames: Iterable[int], k: Tensor, v: Tensor) -> None:
         """Replace keys, already normalised, and values [B, F, T, H, D] of earlier frames; dropped frames are skipped.
 
         Raises:
-            ValueError: `device_frames` leaves no room for these frames in addition to the block's context.
+            ValueError: the device has no room for these frames in addition to the block's context.
         """
         wanted = tuple(frames)
         if self._rewritten is None or self._rewritten[0] != wanted:  # once per pass: every layer rewrites the same ones
             self.bank.overwrite(wanted)
-            table = torch.tensor(wanted, dtype=torch.int32).to(self.device, non_blocking=True)
+            table = uploadable(list(wanted), self.device).to(self.device, non_blocking=True)
             self._rewritten = wanted, self.bank.slots(table.expand(self.batch, -1))
         ops.insert(k, v, None, self._rotation, self.bank.k_pages[layer], self.bank.v_pages[layer], self._rewritten[1])
 
     def scale_time(self, scale: float) -> None:
         """Multiply all temporal distances by `scale`, initially 1, from the next pass on (`t_scale` of LongLive 2)."""
         torch.mul(self._wan_frequencies, scale, out=self._frequencies)
-
-    @property
-    def frequencies(self) -> Tensor:
-        """Radians per frame of the temporal rotation, float64 [P], after `scale_time`."""
-        return self._frequencies
-
-    def restore_record(self, retrieved: Sequence[tuple[int, Tensor, Tensor]], frequencies: Tensor) -> None:
-        """Take over what `save` recorded beside index and pages."""
-        self.retrieved = [Retrieval(*entry) for entry in retrieved]
-        if retrieved:
-            self._chosen = retrieved[-1][1:]
-        self._frequencies.copy_(frequencies)
 
     def commit(self, latents: Tensor) -> Tensor:
         """Finish the current block: embed its clean latents [B, F, C, H, W] and index them.
@@ -333,7 +294,15 @@ class RetrievalMemory:
             raise ValueError(f"latents must be [{self.batch}, {plan.frames}, C, H, W], got {list(latents.shape)}")
         embeddings = self._embed(latents)
         self.index.put(plan.start, embeddings)
+        if self._forgetting is not None and not self.bank.resident:
+            self._forgetting.note(plan.start, embeddings)
+        if self.bank.latents is not None:
+            self.bank.latents.put(plan, latents)
         return embeddings
+
+    def usage(self) -> Usage:
+        """Frames and bytes per tier."""
+        return self.bank.usage()
 
     def reset(self) -> None:
         """Begin a new video in the same buffers."""
@@ -341,6 +310,7 @@ class RetrievalMemory:
         self.bank.clear()
         self.retrieved = []
         self._plan = self._chosen = self._rewritten = None
+        self._attention.expect_new_tables()
 
     def close(self) -> None:
         """Free the pages. The record of what was retrieved stays."""
@@ -358,37 +328,58 @@ class RetrievalMemory:
     def _embed(self, latents: Tensor) -> Tensor:
         return self.embedding.embed(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])
 
+    def _get_ready(self) -> None:
+        if self.config.memory_frames:
+            self.bank.make_ready()
+        if self._unseen_passes:
+            self.bank.transfer.finish()
+
     def _choose(self, query: Tensor) -> None:
         plan = self.plan
-        request = Request(plan.start, query, plan.candidates, self.config.memory_frames)
-        frames, similarity = self._chosen = self.selection.select(request, self.index)
-        self.retrieved.append(Retrieval(plan.start, frames, similarity))
-        self._write_memory(frames)
+        request = Request(plan.start, query, plan.candidates, self.config.memory_frames, self._tables.candidates)
+        frames, similarity = self.selection.select(request, self.index)
+        self._chosen = Retrieval(plan.start, frames, similarity)
+        self.retrieved.append(self._chosen)
+        self._write_memory(self._chosen)
 
     def _tables_for(self, frames: int, columns: int) -> Tables:
         """The tables of blocks of this length and with as many context entries."""
         if (frames, columns) not in self._all_tables:
-            widths = (frames, columns, columns, frames)
-            self._all_tables[frames, columns] = Tables(
-                *(torch.full((self.batch, n), UNUSED, dtype=torch.int32, device=self.device) for n in widths)
-            )
+            self._all_tables[frames, columns] = Tables(self.batch, frames, columns, self.device)
         return self._all_tables[frames, columns]
 
     def _write_tables(self, plan: ContextPlan, frames: list[int], positions: list[int]) -> None:
         """Fill the tables in place with the plan's fixed entries."""
         tables = self._tables = self._tables_for(plan.frames, len(frames))
-        host = torch.tensor([frames, positions], dtype=torch.int32).to(self.device, non_blocking=True)
-        tables.slots.copy_(self.bank.slots(host[0].expand(self.batch, -1)))
-        tables.positions.copy_(host[1].expand(self.batch, -1))
-        tables.query_positions.copy_(torch.tensor(plan.query_positions(), dtype=torch.int32), non_blocking=True)
-        block = torch.arange(plan.start, plan.end, dtype=torch.int32, device=self.device)
-        tables.block_slots.copy_(self.bank.slots(block.expand(self.batch, -1)))
+        memory = plan.memory_columns
+        if plan.memory_at_zero:
+            positions = [*positions[: memory.start], *[0] * self.config.memory_frames, *positions[memory.stop :]]
+        videos, block = range(self.batch), range(plan.start, plan.end)
+        tables.fill(
+            [[self.bank.slot(video, frame) for frame in block] for video in videos],
+            [[self.bank.slot(video, frame) for frame in frames] for video in videos],
+            *([row] * self.batch for row in (positions, plan.query_positions())),
+            *([[bound]] * self.batch for bound in (plan.candidates.start, plan.candidates.stop)),
+        )
+        if self.config.memory_frames:
+            self.bank.write_slots(block, tables.block_slots)
 
-    def _write_memory(self, frames: Tensor) -> None:
-        frames = self.plan.unseen(frames)
-        if self.bank.device_frames is not None:
-            self.bank.fetch([[frame for frame in row if frame >= 0] for row in frames.tolist()])
+    def _write_memory(self, chosen: Retrieval) -> None:
+        columns, plan = self.plan.memory_columns, self.plan
+        frames = chosen.frame_table
+        if not self.bank.resident:
+            if self._read is None or self._read[0] is not chosen:
+                self._read = chosen, frames.cpu()
+            frames = plan.unseen(self._read[1])
+            rows = frames.tolist()
+            self.bank.fetch([[frame for frame in row if frame >= 0] for row in rows])
             self._rewritten = None
-        columns = self.plan.memory_columns
+            slots = [[self.bank.slot(video, frame) for frame in row] for video, row in enumerate(rows)]
+            positions = plan.memory_positions(frames).tolist()
+            table = uploadable([slots, positions], self.device).to(self.device, non_blocking=True)
+            self._tables.slots[:, columns], self._tables.positions[:, columns] = table
+            return
+        frames = plan.unseen(frames)
         self._tables.slots[:, columns] = self.bank.slots(frames)
-        self._tables.positions[:, columns] = self.plan.memory_positions(frames)
+        if not plan.memory_at_zero:
+            self._tables.positions[:, columns] = plan.memory_positions(frames)

@@ -72,6 +72,18 @@ def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
     return capability >= built_for
 
 
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of an NVIDIA GPU; None for every other device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.cuda else None
+
+
+def attend_variants(device: torch.device) -> list[str]:
+    """The kernels of attend that a GPU may use, best first, as `checking.variants` names them."""
+    hopper = capability(device) == (9, 0) and "sm_90a" in cuda_status().architectures
+    return ["attend-hopper", "attend-ampere"] if hopper else ["attend-ampere"]
+
+
 def extension() -> ModuleType | None:
     """The extension module, whatever it was built with; None if it cannot be imported."""
     return _load()[0]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from longlive_rag import figures
 from longlive_rag.config import RetrievalConfig
-from longlive_rag.context import UNUSED, ContextPlan
+from longlive_rag.context import ContextPlan
 from longlive_rag.memory import Retrieval
 
 
@@ -23,9 +20,11 @@ def retrieval_entries(retrieved: Sequence[Retrieval], video: int = 0) -> list[di
     ]
 
 
-def recorded_retrieval(
-    entries: Sequence[dict[str, Any]], config: RetrievalConfig, latent_frames: int
-) -> list[Retrieval]:
+Record = dict[int, tuple[list[list[int]], list[list[float]]]]
+"""By first frame of the block, the frames that each video retrieved and their similarity (see `ReplaySelection`)."""
+
+
+def recorded_retrieval(entries: Sequence[dict[str, Any]], config: RetrievalConfig, latent_frames: int) -> Record:
     """The reverse of `retrieval_entries`, for one video.
 
     Args:
@@ -36,27 +35,28 @@ def recorded_retrieval(
     Raises:
         ValueError: they are not what `retrieval_entries` makes of such a video.
     """
-    retrieved = []
+    record: Record = {}
     for entry in entries:
         try:
-            start, frames, similarity = int(entry["start"]), list(entry["frames"]), list(entry["similarity"])
-            unused = config.memory_frames - len(frames)
-            table = torch.tensor([frames + [UNUSED] * unused], dtype=torch.int32)
-            scores = torch.tensor([similarity + [-math.inf] * unused], dtype=torch.float32)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            start = int(entry["start"])
+            frames, similarity = (
+                [int(frame) for frame in entry["frames"]],
+                [float(each) for each in entry["similarity"]],
+            )
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"an entry of retrieved must have start, frames and similarity, got {entry!r}") from error
         candidates = ContextPlan(config, start, config.block_frames).candidates
-        if unused < 0 or not set(frames) <= set(candidates) or table.shape != scores.shape:
+        if not set(frames) <= set(candidates) or not len(similarity) == len(frames) <= config.memory_frames:
             raise ValueError(
                 f"the block at latent frame {start} may retrieve {config.memory_frames} of the frames "
                 f"{candidates.start} to {candidates.stop - 1}, each with its similarity, got {entry!r}"
             )
-        retrieved.append(Retrieval(start, table, scores))
+        record[start] = [frames], [similarity]
     blocks = range(0, latent_frames, config.block_frames)
     expected = [start for start in blocks if ContextPlan(config, start, config.block_frames).candidates]
-    if [block.block_start for block in retrieved] != expected:
+    if list(record) != expected:
         raise ValueError(f"retrieved must have an entry for each block that may retrieve, at latent frames {expected}")
-    return retrieved
+    return record
 
 
 def draw_retrieval(

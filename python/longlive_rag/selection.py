@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -26,6 +26,30 @@ class Request:
     """Frames that may come back."""
     k: int
     """How many of them, at most."""
+    bounds: tuple[Tensor, Tensor] | None = None
+    """First candidate, and the one behind the last, for each video: int32 [B] on the query's device."""
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """What one block retrieved."""
+
+    block_start: int
+    frame_table: Tensor
+    """int32 [B, K], negative: unused. On the memory's device, so that recording it does not stop the GPU."""
+    similarity_table: Tensor
+    """float32 [B, K]."""
+
+    @property
+    def frames(self) -> list[list[int]]:
+        """Retrieved frames of each video, most similar first."""
+        return [[frame for frame in row if frame >= 0] for row in self.frame_table.tolist()]
+
+    @property
+    def similarity(self) -> list[list[float]]:
+        """Cosine similarity of each retrieved frame."""
+        rows = zip(self.frame_table.tolist(), self.similarity_table.tolist(), strict=True)
+        return [[value for frame, value in zip(*row, strict=True) if frame >= 0] for row in rows]
 
 
 class Selection(Protocol):
@@ -40,80 +64,35 @@ class SimilaritySelection:
     """The k candidates most similar to the query: the paper's selection (arXiv 2606.02553)."""
 
     def select(self, request: Request, index: LatentIndex) -> tuple[Tensor, Tensor]:
-        return index.search(request.query, request.candidates.start, request.candidates.stop, request.k)
-
-
-class Recorded(Protocol):
-    """What a block retrieved, as a `Retrieval` of the memory records it."""
-
-    @property
-    def block_start(self) -> int:
-        """First frame of the block."""
-        ...
-
-    @property
-    def frame_table(self) -> Tensor:
-        """int32 [B, K], negative: unused."""
-        ...
-
-    @property
-    def similarity_table(self) -> Tensor:
-        """float32 [B, K]."""
-        ...
-
-
-class ReplaySelection:
-    """What was recorded comes back again, frames and similarities, whatever the query is.
-
-    Args:
-        recorded: the retrieval of each block, `RolloutResult.retrieved` for example.
-        afterwards: chooses for blocks after the last recorded one; None: such a block is an error.
-    """
-
-    def __init__(self, recorded: Iterable[Recorded], afterwards: Selection | None = None) -> None:
-        self.recorded = {block.block_start: block for block in recorded}
-        self.afterwards = afterwards
-        self._last = max(self.recorded, default=-1)
-
-    def select(self, request: Request, index: LatentIndex) -> tuple[Tensor, Tensor]:
-        """See `Selection`.
-
-        Raises:
-            ValueError: nothing was recorded for this block, or frames that it may not retrieve.
-        """
-        if self.afterwards is not None and request.start > self._last:
-            return self.afterwards.select(request, index)
-        if request.start not in self.recorded:
-            raise ValueError(f"the record has no entry for the block at latent frame {request.start}, which retrieves")
-        block, shape = self.recorded[request.start], (request.query.shape[0], request.k)
-        if tuple(block.frame_table.shape) != shape:
-            raise ValueError(
-                f"the record must hold [videos, frames] = {list(shape)}, got {list(block.frame_table.shape)}"
-            )
-        alien = [frame for row in block.frame_table.tolist() for frame in row if frame >= 0]
-        alien = [frame for frame in alien if frame not in request.candidates]
-        if alien:
-            raise ValueError(
-                f"the record has the block at latent frame {request.start} retrieve {alien}, but it may retrieve "
-                f"frames {request.candidates.start} to {request.candidates.stop - 1} alone"
-            )
-        device = request.query.device
-        return block.frame_table.to(device), block.similarity_table.to(device)
+        first, last = request.bounds or (request.candidates.start, request.candidates.stop)
+        return index.search(request.query, first, last, request.k)
 
 
 class _Control(ABC):
     """A choice that ignores the embeddings; their similarity to the query is reported nevertheless."""
 
     @abstractmethod
-    def choose(self, request: Request, batch: int) -> Sequence[Sequence[int]]:
-        """Frames for each video, best first; those that are not candidates are skipped."""
+    def choose(self, start: int, candidates: Sequence[Sequence[int]], k: int) -> Sequence[Sequence[int]]:
+        """Frames for each video, best first; those that are not candidates are skipped.
+
+        Args:
+            start: first frame of the block.
+            candidates: frames of each video that may come back, in order.
+            k: how many of them, at most.
+        """
 
     def select(self, request: Request, index: LatentIndex) -> tuple[Tensor, Tensor]:
         batch = request.query.shape[0]
         frames = torch.full((batch, request.k), UNUSED, dtype=torch.int32)
-        for sample, chosen in enumerate(self.choose(request, batch)):
-            allowed = [frame for frame in chosen if frame in request.candidates][: request.k]
-            frames[sample, : len(allowed)] = torch.tensor(allowed, dtype=torch.int32)
+        candidates: list[Sequence[int]] = [request.candidates] * batch
+        if index.forgotten:
+            candidates = [
+                [frame for frame in request.candidates if (video, frame) not in index.forgotten]
+                for video in range(batch)
+            ]
+        for video, chosen in enumerate(self.choose(request.start, candidates, request.k)):
+            allowed = [frame for frame in chosen if frame in candidates[video]][: request.k]
+            frames[video, : len(allowed)] = torch.tensor(allowed, dtype=torch.int32)
         frames = frames.to(request.query.device)
         return frames, index.similarity(request.query, frames)
 
@@ -124,28 +103,29 @@ class RandomSelection(_Control):
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
-    def choose(self, request: Request, batch: int) -> Sequence[Sequence[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + request.start)
-        count, first = len(request.candidates), request.candidates.start
-        return [(first + torch.randperm(count, generator=generator)[: request.k]).tolist() for _ in range(batch)]
+    def choose(self, start: int, candidates: Sequence[Sequence[int]], k: int) -> Sequence[Sequence[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + start)
+        return [[row[i] for i in torch.randperm(len(row), generator=generator)[:k].tolist()] for row in candidates]
 
 
 class RecentSelection(_Control):
     """The k newest candidates."""
 
-    def choose(self, request: Request, batch: int) -> Sequence[Sequence[int]]:
-        return [request.candidates[::-1][: request.k]] * batch
+    def choose(self, start: int, candidates: Sequence[Sequence[int]], k: int) -> Sequence[Sequence[int]]:
+        return [row[::-1][:k] for row in candidates]
 
 
 class UniformSelection(_Control):
     """k candidates spread evenly over the whole past."""
 
-    def choose(self, request: Request, batch: int) -> Sequence[Sequence[int]]:
-        count = len(request.candidates)
-        if count <= request.k:
-            return [request.candidates] * batch
-        places = torch.linspace(0, count - 1, request.k).round().long().tolist()
-        return [[request.candidates[place] for place in places]] * batch
+    def choose(self, start: int, candidates: Sequence[Sequence[int]], k: int) -> Sequence[Sequence[int]]:
+        return [self._spread(row, k) for row in candidates]
+
+    @staticmethod
+    def _spread(row: Sequence[int], k: int) -> Sequence[int]:
+        if len(row) <= k:
+            return row
+        return [row[place] for place in torch.linspace(0, len(row) - 1, k).round().long().tolist()]
 
 
 class OracleSelection(_Control):
@@ -158,5 +138,47 @@ class OracleSelection(_Control):
     def __init__(self, answer: Callable[[int, int], Sequence[Sequence[int]]]) -> None:
         self.answer = answer
 
-    def choose(self, request: Request, batch: int) -> Sequence[Sequence[int]]:
-        return self.answer(request.start, batch)
+    def choose(self, start: int, candidates: Sequence[Sequence[int]], k: int) -> Sequence[Sequence[int]]:
+        return self.answer(start, len(candidates))
+
+
+class ReplaySelection:
+    """What an earlier run chose, block by block, and then another selection.
+
+    Args:
+        recorded: by first frame of the block, the frames of each video, most similar first, and their similarities;
+            what the run said is said again, so that its log repeats to the last digit.
+        then: for blocks that are not recorded; default the most similar frames.
+    """
+
+    def __init__(
+        self,
+        recorded: Mapping[int, tuple[Sequence[Sequence[int]], Sequence[Sequence[float]]]],
+        then: Selection | None = None,
+    ) -> None:
+        self.recorded, self.then = recorded, then or SimilaritySelection()
+
+    def select(self, request: Request, index: LatentIndex) -> tuple[Tensor, Tensor]:
+        """
+        Raises:
+            ValueError: the record is of another number of videos, or of frames that cannot come back.
+        """
+        if request.start not in self.recorded:
+            return self.then.select(request, index)
+        batch, device = request.query.shape[0], request.query.device
+        rows, similarities = self.recorded[request.start]
+        if len(rows) != batch or len(similarities) != batch:
+            raise ValueError(f"the record of block {request.start} is of {len(rows)} videos, expected {batch}")
+        frames = torch.full((batch, request.k), UNUSED, dtype=torch.int32)
+        similarity = torch.full((batch, request.k), -torch.inf)
+        for video, row in enumerate(rows):
+            wrong = [f for f in row if f not in request.candidates or (video, f) in index.forgotten]
+            if wrong or len(row) > request.k or len(row) != len(similarities[video]):
+                raise ValueError(
+                    f"the record of block {request.start} must hold at most {request.k} of the frames "
+                    f"{request.candidates.start} to {request.candidates.stop - 1} that are kept, with their "
+                    f"similarities, got {list(row)}"
+                )
+            frames[video, : len(row)] = torch.tensor(row, dtype=torch.int32)
+            similarity[video, : len(row)] = torch.tensor(similarities[video])
+        return frames.to(device, non_blocking=True), similarity.to(device, non_blocking=True)

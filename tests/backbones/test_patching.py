@@ -9,17 +9,20 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from longlive_rag import RetrievalConfig, patch, rollout
+from longlive_rag import Budget, RetrievalConfig, patch, rollout
 from longlive_rag.embedding import AveragePool, LatentAutoencoder
 from longlive_rag.models import CausalWanModel
 from support.causal_doubles import ATTENTIONS, Attention, NativeAttentionReached, Pipeline, Transformer, Wrapper
 from support.tiny_videos import CONFIG, SIZES, TOKENS, generate, noise
+
+PAGE = 2 * SIZES["num_layers"] * TOKENS * SIZES["dim"] * 4
+"""Bytes of a latent frame's keys and values in float32."""
 
 
 def test_memory_comes_back_and_changes_the_video(pipeline: Pipeline) -> None:
@@ -59,7 +62,7 @@ def test_unpatch_restores_the_object_exactly(pipeline: Pipeline) -> None:
 
 
 def test_a_forward_that_was_replaced_already_comes_back(pipeline: Pipeline) -> None:
-    attention = pipeline.transformer.blocks[0].self_attn
+    attention: nn.Module = pipeline.transformer.blocks[0].self_attn
     own = attention.forward
     attention.forward = own
     with patch(pipeline, CONFIG):
@@ -116,7 +119,7 @@ def test_a_wrapper_that_is_the_transformer(pipeline: Pipeline) -> None:
     """It takes latents with the frames first, under a name of its own."""
 
     class FramesFirst(Transformer):
-        def forward(self, noisy_image_or_video: Tensor, **call: Any) -> Tensor:
+        def forward(self, noisy_image_or_video: Tensor, **call: Any) -> Tensor:  # type: ignore[override]
             x = noisy_image_or_video.transpose(1, 2)
             return super().forward(x, seq_len=0, **call).transpose(1, 2)
 
@@ -187,7 +190,7 @@ def test_a_compiled_transformer_gives_the_same_video(pipeline: Pipeline) -> None
         expected = generate(pipeline, 8)
     with patch(pipeline, CONFIG) as patched:
         cache = pipeline.cache(1, 5 * TOKENS)
-        pipeline.generator.model = torch.compile(pipeline.transformer, backend="eager")
+        pipeline.generator.model = cast(nn.Module, torch.compile(pipeline.transformer, backend="eager"))
         torch.testing.assert_close(generate(pipeline, 8, cache=cache), expected)
         assert [entry.block_start for entry in patched.retrieved] == [6, 7]
 
@@ -223,7 +226,7 @@ def test_longlive_contract(pipeline: Pipeline) -> None:
 def test_frames_in_host_memory_give_the_same_video(pipeline: Pipeline) -> None:
     with patch(pipeline, CONFIG) as patched:
         expected, retrieved = generate(pipeline, 16), [entry.frames for entry in patched.retrieved]
-    with patch(pipeline, CONFIG, device_frames=5, capacity=4) as patched:
+    with patch(pipeline, CONFIG, budget=Budget(device=5 * PAGE)) as patched:
         assert torch.equal(generate(pipeline, 16), expected)
         assert [entry.frames for entry in patched.retrieved] == retrieved
 

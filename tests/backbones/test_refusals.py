@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ class TestRefusals:
                 self.blocks = nn.ModuleList([Bidirectional(32, 2)])
 
         class Bidirectional(Attention):
-            def forward(self, x, seq_lens, grid_sizes, freqs):
+            def forward(self, x, seq_lens, grid_sizes, freqs):  # type: ignore[override]
                 return x
 
         with pytest.raises(TypeError) as error:
@@ -122,7 +122,7 @@ class TestRefusals:
 
     def test_config_of_another_kind(self, pipeline: Pipeline) -> None:
         with pytest.raises(TypeError, match="config must be a RetrievalConfig, got dict"):
-            patch(pipeline, {"memory_frames": 6})
+            patch(pipeline, cast(Any, {"memory_frames": 6}))
 
     def test_a_draft_query_of_rolling_forcing(self) -> None:
         with pytest.raises(ValueError, match="config.query must be 'latest' for Rolling Forcing"):

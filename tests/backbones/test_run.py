@@ -95,3 +95,25 @@ def test_torch_imported_by_a_pth_file(tmp_path: Path, script: str) -> None:
     result = run(*OPTIONS, "--", sys.executable, "-S", "-c", start)
     assert result.returncode == 0, result.stderr
     assert "LongLive model patched, videos with memory: 2" in result.stderr
+
+
+def test_the_policy_is_the_model_s_own_but_for_what_is_given(script: str) -> None:
+    source = Path(script).read_text()
+    own = "; ".join(
+        ["for block in pipeline.transformer.blocks: block.self_attn.local_attn_size, block.self_attn.sink_size = 6, 2"]
+    )
+    Path(script).write_text(source.replace("for video in", f"{own}\nfor video in", 1))
+    command = ["--device-memory", "12MB", "--recency-guard", "0", "--", sys.executable, script, "LongLive", "10"]
+    result = run(*command)
+    assert result.returncode == 0, result.stderr
+    assert "context frames 6, sink frames 2, memory frames 1, recency guard 0, block frames 1" in result.stderr
+    result = run("--native", *command)
+    assert result.returncode == 0, result.stderr
+    assert "memory frames 0" in result.stderr and "positions absolute" in result.stderr
+    result = run("--context-frames", "12", *command)
+    assert "context frames 12, sink frames 2, memory frames 6" in result.stderr
+
+
+def test_a_value_out_of_range_is_found_before_the_script_runs() -> None:
+    result = run("--memory-frames", "65", "--", sys.executable, "-c", "raise SystemExit(7)")
+    assert result.returncode == 2 and "memory_frames must be at most 64, got 65" in result.stderr

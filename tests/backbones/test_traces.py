@@ -46,11 +46,14 @@ class Trace:
     def __init__(self, name: str) -> None:
         with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
             self.latents = file.get_tensor("latents")
+            self.later = [file.get_tensor(f"latents.{number}") for number in range(1, len(file.keys()))]
+            """Videos that the same pipeline made after the first."""
             metadata = file.metadata()
         self.family = metadata["family"]
         self.case: dict[str, Any] = json.loads(metadata["case"])
         self.retrieved = json.loads(metadata.get("retrieved", "[]"))
         self.seeds = [self.case["seed"]]
+        self._caches: dict[tuple[int, int], list[Cache]] = {}
 
     @property
     def config(self) -> RetrievalConfig:
@@ -69,6 +72,8 @@ class Trace:
     def pipeline(self) -> Pipeline:
         pipeline = Pipeline(self.family, **{name: self.case[name] for name in SIZES})
         PARAMETERS.fill(pipeline.transformer, self.case["seed"])
+        if "global_sink" in self.case:
+            vars(pipeline)["global_sink"] = self.case["global_sink"]
         return pipeline
 
     def tensor(self, name: str, *shape: int) -> Tensor:
@@ -85,6 +90,16 @@ class Trace:
     def renoise(self, index: int, frames: int) -> Tensor:
         return self.tensor(f"renoise.{index}", frames, 16, self.case["height"], self.case["width"])
 
+    def caches(self, frames: int, **extra: object) -> list[Cache]:
+        """Two caches of as many frames; the pipelines keep theirs between videos of as many tokens."""
+        batch, tokens = len(self.seeds), self.tokens
+        if (batch, tokens) not in self._caches:
+            self._caches[batch, tokens] = [self.pipeline.cache(batch, frames * tokens, **extra) for _ in range(2)]
+        for layer in (layer for cache in self._caches[batch, tokens] for layer in cache):
+            for name in ("global_end_index", "local_end_index"):
+                layer[name] = torch.tensor([0])
+        return self._caches[batch, tokens]
+
     def generate(self) -> Tensor:
         """Drive the patched double as the family's pipeline does."""
         if self.family == "Rolling Forcing":
@@ -96,14 +111,12 @@ class Trace:
 
 def _block_by_block(trace: Trace) -> Tensor:
     case, frames = trace.case, trace.case["block_frames"]
-    pipeline, noise = trace.pipeline, trace.noise
+    noise = trace.noise
     batch = noise.shape[0]
     extra: dict[str, object] = {}
     if trace.family == "LongLive 2":
         extra = {"pinned_start": torch.tensor([-1]), "pinned_len": torch.tensor([0])}
-    conditional, unconditional = (
-        pipeline.cache(batch, case["context_frames"] * trace.tokens, **extra) for _ in range(2)
-    )
+    conditional, unconditional = trace.caches(case["context_frames"], **extra)
     prompts = [trace.prompt(name) for name in case.get("prompts", ["prompt_embeds"])]
     switches = case.get("switch_frames", [])
     output = torch.zeros_like(noise)
@@ -157,7 +170,10 @@ def _make_again(trace: Trace, output: Tensor, start: int, prompt: Tensor, cache:
     """LongLive's prompt switch: the newest frames pass once more, all in one call, under the new prompt."""
     first = max(0, start - trace.case["context_frames"])
     frames = output[:, first:start]
-    call = {} if trace.case["global_sink"] else {"sink_recache_after_switch": True}
+    if trace.family == "MemFlow":
+        call = {"is_recache": True}
+    else:
+        call = {} if trace.case["global_sink"] else {"sink_recache_after_switch": True}
     trace.pipeline.generator(
         frames, prompt, torch.zeros(frames.shape[:2]), kv_cache=cache, current_start=first * trace.tokens, **call
     )
@@ -178,7 +194,7 @@ def _roll(trace: Trace) -> Tensor:
     """Rolling Forcing: a window of blocks at falling noise levels moves on by a block after each pass."""
     frames, steps, noise = trace.case["block_frames"], trace.timesteps, trace.noise
     batch, blocks = noise.shape[0], noise.shape[1] // frames
-    cache = trace.pipeline.cache(batch, 24 * trace.tokens)
+    cache, _ = trace.caches(24)
     latents, output = noise.clone(), torch.zeros_like(noise)
     draws = itertools.count()
 
@@ -240,10 +256,12 @@ def test_patched_model_makes_the_recorded_video(name: str) -> None:
     trace = Trace(name)
     with torch.no_grad(), patch(trace.pipeline, trace.config) as patched:
         assert patched.family == trace.family
-        latents = trace.generate()
-        for start in range(0, latents.shape[1], trace.case["block_frames"]):
-            block = slice(start, start + trace.case["block_frames"])
-            assert relative_error(latents[:, block], trace.latents[:, block]) < TOLERANCE, f"block at frame {start}"
+        for recorded in (trace.latents, *trace.later):
+            trace.case["frames"], trace.case["height"], trace.case["width"] = (recorded.shape[i] for i in (1, 3, 4))
+            latents = trace.generate()
+            for start in range(0, latents.shape[1], trace.case["block_frames"]):
+                block = slice(start, start + trace.case["block_frames"])
+                assert relative_error(latents[:, block], recorded[:, block]) < TOLERANCE, f"block at frame {start}"
         assert [(entry.block_start, entry.frames) for entry in patched.retrieved] == [
             (entry["block_start"], entry["frames"]) for entry in trace.retrieved
         ]

@@ -12,13 +12,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longlive_rag import RetrievalConfig, RetrievalMemory, archive
+from longlive_rag import Budget, RetrievalConfig, RetrievalMemory, archive
 from longlive_rag.embedding import AveragePool
 from longlive_rag.models import CausalWanModel
 
 CONFIG = RetrievalConfig(context_frames=4, sink_frames=1, memory_frames=2, recency_guard=0, block_frames=1)
 SHAPE = (2, 1, 4, 4, 6)
 SIZES = {"ffn_dim": 32, "freq_dim": 16, "text_dim": 8, "text_len": 4, "num_layers": 2, "in_dim": 4, "out_dim": 4}
+
+
+PAGE = 2 * 2 * 2 * 6 * 16 * 4
+"""Bytes of a frame of one video."""
+BUDGETS = [Budget(), Budget(device=10 * PAGE), Budget(device=10 * PAGE, host=2 * PAGE, disk=100 * PAGE)]
 
 
 def tiny_model(dim: int = 32, num_heads: int = 2) -> CausalWanModel:
@@ -56,25 +61,61 @@ def saved(model: CausalWanModel, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("query", ["latest", "draft"])
-@pytest.mark.parametrize("before", [None, 5])
-@pytest.mark.parametrize("after", [None, 5])
+@pytest.mark.parametrize("before", BUDGETS, ids=str)
+@pytest.mark.parametrize("after", BUDGETS, ids=str)
 def test_a_loaded_memory_goes_on(
-    model: CausalWanModel, query: Any, before: int | None, after: int | None, tmp_path: Path
+    model: CausalWanModel, query: Any, before: Budget, after: Budget, tmp_path: Path
 ) -> None:
     config = RetrievalConfig(**{**vars(CONFIG), "query": query})
-    memory = RetrievalMemory.for_model(model, SHAPE, config, embedding=AveragePool(2), device_frames=before)
+    memory = RetrievalMemory.for_model(model, SHAPE, config, embedding=AveragePool(2), budget=before)
     memory.scale_time(0.5)
     go_on(model, memory, 10)
     memory.save(tmp_path / "memory.safetensors")
-    loaded = RetrievalMemory.load(
-        tmp_path / "memory.safetensors", model, SHAPE, embedding=AveragePool(2), device_frames=after
-    )
+    loaded = RetrievalMemory.load(tmp_path / "memory.safetensors", model, SHAPE, embedding=AveragePool(2), budget=after)
     assert (loaded.config, loaded.committed) == (config, 10)
     assert torch.equal(loaded.index.embeddings, memory.index.embeddings)
     for one, other in zip(go_on(model, memory, 6), go_on(model, loaded, 6), strict=True):
         assert torch.equal(one, other)
     assert [block.frames for block in loaded.retrieved] == [block.frames for block in memory.retrieved]
     assert [block.similarity for block in loaded.retrieved] == [block.similarity for block in memory.retrieved]
+
+
+def test_what_was_forgotten_stays_forgotten(model: CausalWanModel, tmp_path: Path) -> None:
+    budget = Budget(device=10 * PAGE, host=4 * PAGE)
+    memory = RetrievalMemory.for_model(model, SHAPE, CONFIG, embedding=AveragePool(2), budget=budget)
+    go_on(model, memory, 12)
+    assert memory.index.forgotten
+    memory.save(tmp_path / "memory.safetensors")
+    loaded = RetrievalMemory.load(tmp_path / "memory.safetensors", embedding=AveragePool(2), budget=budget)
+    assert loaded.index.forgotten == memory.index.forgotten
+    assert loaded.usage().forgotten == memory.usage().forgotten
+    assert loaded.bank.entries() == memory.bank.entries()
+    for one, other in zip(go_on(model, memory, 8), go_on(model, loaded, 8), strict=True):
+        assert torch.equal(one, other)
+    assert loaded.index.forgotten == memory.index.forgotten
+    # A budget that is too small for all that was saved forgets some of it.
+    smaller = Budget(device=8 * PAGE, host=0)
+    less = RetrievalMemory.load(tmp_path / "memory.safetensors", embedding=AveragePool(2), budget=smaller)
+    assert len(less.bank.entries()) == 8
+    go_on(model, less, 4)
+
+
+def test_packed_pages_are_saved_as_the_numbers_they_stand_for(model: CausalWanModel, tmp_path: Path) -> None:
+    budget = Budget(device=8 * PAGE, bits=8)
+    memory = RetrievalMemory.for_model(model, SHAPE, CONFIG, embedding=AveragePool(), budget=budget)
+    go_on(model, memory, 10)
+    before = {entry: memory.bank.read(entry) for entry in memory.bank.entries()}
+    memory.save(tmp_path / "memory.safetensors")
+    loaded = RetrievalMemory.load(tmp_path / "memory.safetensors", model, SHAPE)
+    assert all(torch.equal(loaded.bank.read(entry), pages) for entry, pages in before.items())
+
+
+def test_a_memory_that_rebuilds_frames_is_not_saved(model: CausalWanModel, tmp_path: Path) -> None:
+    memory = RetrievalMemory.for_model(
+        model, SHAPE, CONFIG, embedding=AveragePool(), budget=Budget(rebuild=True), clean_pass=lambda *_: None
+    )
+    with pytest.raises(ValueError, match=r"only without budget\.rebuild"):
+        memory.save(tmp_path / "memory.safetensors")
 
 
 def test_a_memory_can_be_loaded_without_its_model(saved: Path) -> None:
@@ -172,7 +213,7 @@ def test_a_save_that_fails_leaves_what_was_there(
     def vanish(entry: tuple[int, int]) -> Tensor:
         if entry == (1, 3):
             raise OSError(28, "No space left on device")
-        return torch.zeros(memory.bank.page_shape)
+        return torch.zeros(memory.bank.pages[1])
 
     monkeypatch.setattr(memory.bank, "read", vanish)
     with pytest.raises(OSError, match="No space left"):

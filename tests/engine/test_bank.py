@@ -7,13 +7,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longlive_rag.bank import FrameBank, frame_bytes
+from longlive_rag.bank import FrameBank
+from longlive_rag.budget import Budget
+from longlive_rag.tiers.pages import frame_bytes
+
+PAGE = frame_bytes(layers=2, heads=1, tokens=3, head_dim=4, dtype=torch.float32)
 
 
-def bank(capacity: int, batch: int = 2, device_frames: int | None = None) -> FrameBank:
+def bank(frames: int, batch: int = 2, device_frames: int | None = None) -> FrameBank:
     return FrameBank(
-        layers=2, batch=batch, heads=1, tokens=3, head_dim=4, capacity=capacity, device="cpu", dtype=torch.float32,
-        device_frames=device_frames,
+        layers=2, batch=batch, heads=1, tokens=3, head_dim=4, frames=frames, device="cpu", dtype=torch.float32,
+        budget=Budget(device=None if device_frames is None else device_frames * batch * PAGE),
     )  # fmt: skip
 
 
@@ -81,7 +85,7 @@ def test_frame_bytes() -> None:
 
 @given(st.lists(st.lists(st.integers(0, 60), max_size=3), min_size=1, max_size=40), st.integers(1, 3))
 def test_with_a_budget_frames_come_back_as_they_were(asked: list[list[int]], batch: int) -> None:
-    pages = bank(capacity=2, batch=batch, device_frames=5)
+    pages = bank(frames=2, batch=batch, device_frames=5)
     assert pages.capacity == 5
     for frame, wanted in enumerate(asked):
         pages.reserve(range(frame, frame + 1), [frame - 1] if frame else [])
@@ -91,6 +95,7 @@ def test_with_a_budget_frames_come_back_as_they_were(asked: list[list[int]], bat
                 pages.v_pages[layer][slot] = -(100 * frame + 10 * video + layer)
         rows = [[(one + video) % (frame + 1) for one in wanted] for video in range(batch)]
         pages.fetch(rows)
+        pages.transfer.finish()
         at_hand = [sorted({*row, frame, max(frame - 1, 0)}) for row in rows]
         for video, row in enumerate(at_hand):
             for one, slot in zip(row, slots(pages, row)[video].tolist(), strict=True):
@@ -102,6 +107,6 @@ def test_with_a_budget_frames_come_back_as_they_were(asked: list[list[int]], bat
 
 
 def test_a_budget_that_cannot_hold_one_block_is_refused() -> None:
-    pages = bank(capacity=4, device_frames=2)
-    with pytest.raises(ValueError, match="device_frames must leave room for all that a block uses, 6 pages"):
+    pages = bank(frames=4, device_frames=2)
+    with pytest.raises(ValueError, match="budget.device must leave room for all that a block uses, 6 pages"):
         pages.reserve(range(3), [])

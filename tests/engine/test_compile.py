@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.torch_version import TorchVersion as Version
 
 from longlive_rag import RetrievalConfig, rollout
 from longlive_rag.models import CausalWanModel
+
+COMPILATIONS = 1 if Version(torch.__version__) >= Version("2.9") else 2
+"""Older versions guard every field of the block's plan, and compile once more with its first frame as a symbol; not for
+each of the 14 blocks."""
 
 
 def test_a_compiled_model_gives_the_same_video_from_one_compilation() -> None:
@@ -18,8 +25,8 @@ def test_a_compiled_model_gives_the_same_video_from_one_compilation() -> None:
     noise, prompt = torch.randn(2, 14, 4, 4, 4), torch.randn(1, 4, 8)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    compiled: Any = torch.compile(model, backend=counter, fullgraph=True)
     expected, actual = rollout(model, noise, prompt, config), rollout(compiled, noise, prompt, config)
     assert [entry.frames for entry in actual.retrieved] == [entry.frames for entry in expected.retrieved]
     torch.testing.assert_close(actual.latents, expected.latents, rtol=1e-4, atol=1e-4)
-    assert counter.frame_count == 1
+    assert counter.frame_count == COMPILATIONS

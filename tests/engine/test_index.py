@@ -31,9 +31,9 @@ def test_finds_what_brute_force_finds(batch: int, blocks: list[int], k: int, fir
     stored = torch.randn(batch, sum(blocks), 8, generator=generator)
     index = LatentIndex(capacity=2)
     start = 0
-    for frames in blocks:
-        index.put(start, stored[:, start : start + frames])
-        start += frames
+    for block_frames in blocks:
+        index.put(start, stored[:, start : start + block_frames])
+        start += block_frames
     query = torch.randn(batch, 8, generator=generator)
     frames, similarity = index.search(query, first, last, k)
     candidates = range(first, min(last, sum(blocks)))

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
-from longlive_rag import RetrievalConfig, RetrievalMemory, rotary
+from longlive_rag import Budget, RetrievalConfig, RetrievalMemory, rotary
 from longlive_rag.embedding import AveragePool
 from longlive_rag.models import CausalWanModel
 from longlive_rag.selection import OracleSelection, RandomSelection, RecentSelection, UniformSelection
 
 LAYERS, HEADS, HEAD_DIM, GRID = 2, 2, 16, (2, 3)
 TOKENS = GRID[0] * GRID[1]
+PAGE = 2 * LAYERS * HEADS * TOKENS * HEAD_DIM * 4
+"""Bytes of a frame of one video in float32."""
 SMALL = RetrievalConfig(context_frames=5, sink_frames=1, memory_frames=2, recency_guard=1, block_frames=1)
 
 
@@ -81,7 +84,7 @@ def test_attention_is_the_papers() -> None:
 
 
 def test_finished_pages_are_never_touched_again() -> None:
-    engine = memory(capacity=40)
+    engine = memory()
     for start in range(6):
         run_block(engine, start, seed=start)
     slots = engine.bank.slots(torch.arange(6, dtype=torch.int32).expand(2, -1)).long()
@@ -129,7 +132,7 @@ def test_without_memory_only_the_window_is_held() -> None:
 
 
 @pytest.mark.parametrize("positions", ["relative", "absolute"])
-def test_far_beyond_1024_frames(positions: str) -> None:
+def test_far_beyond_1024_frames(positions: Literal["relative", "absolute"]) -> None:
     """Shifting every index by the same number of frames changes nothing that depends on differences."""
     config = RetrievalConfig(
         context_frames=4, sink_frames=0, memory_frames=1, recency_guard=0, block_frames=1, positions=positions
@@ -145,11 +148,11 @@ def test_far_beyond_1024_frames(positions: str) -> None:
 
 
 @pytest.mark.parametrize("query", ["latest", "draft"])
-def test_a_device_budget_changes_nothing_but_where_pages_lie(query: str) -> None:
+def test_a_device_budget_changes_nothing_but_where_pages_lie(query: Literal["latest", "draft"]) -> None:
     config = RetrievalConfig(
         context_frames=5, sink_frames=1, memory_frames=2, recency_guard=0, block_frames=1, query=query
     )
-    unlimited, limited = memory(config), memory(config, device_frames=5)
+    unlimited, limited = memory(config), memory(config, budget=Budget(device=5 * 2 * PAGE))
     for start in range(40):
         for engine in (unlimited, limited):
             engine.begin_block(start, 1)
@@ -162,8 +165,10 @@ def test_a_device_budget_changes_nothing_but_where_pages_lie(query: str) -> None
         limited.commit(latents)
     assert [entry.frames for entry in limited.retrieved] == [entry.frames for entry in unlimited.retrieved]
     assert limited.bank.capacity == 5
-    with pytest.raises(ValueError, match="device_frames must be at least context_frames = 5, got 4"):
-        memory(config, device_frames=4)
+    with pytest.raises(
+        ValueError, match=r"budget.device must be at least 30.72 KB .* context_frames = 5, got 24.58 KB"
+    ):
+        memory(config, budget=Budget(device=4 * 2 * PAGE))
 
 
 def test_rewritten_frames_come_back_as_rewritten() -> None:
@@ -171,8 +176,8 @@ def test_rewritten_frames_come_back_as_rewritten() -> None:
     chosen = [[0], [0]]
     config = RetrievalConfig(context_frames=3, sink_frames=0, memory_frames=1, recency_guard=0, block_frames=1)
     engines = [
-        memory(config, device_frames=limit, selection=OracleSelection(lambda start, batch: chosen))
-        for limit in (None, 4)
+        memory(config, budget=Budget(device=limit), selection=OracleSelection(lambda start, batch: chosen))
+        for limit in (None, 4 * 2 * PAGE)
     ]
     outputs: list[list[Tensor]] = [[], []]
     for start in range(16):
@@ -188,7 +193,9 @@ def test_rewritten_frames_come_back_as_rewritten() -> None:
             engine.commit(latents)
     assert engines[1].bank.capacity == 4
     assert all(torch.equal(one, other) for one, other in zip(*outputs, strict=True))
-    with pytest.raises(ValueError, match="device_frames must leave room for all .* 10 pages for 2 videos, got 4"):
+    with pytest.raises(
+        ValueError, match="budget.device must leave room for all .* 10 pages for 2 videos .* got 8 pages"
+    ):
         engines[1].rewrite(0, [2, 3], k[:, [0, 0]], v[:, [0, 0]])
 
 
@@ -198,7 +205,7 @@ def test_rewriting_looks_its_pages_up_once_per_pass() -> None:
         run_block(engine, start, seed=start)
     looked_up = []
     slots = engine.bank.slots
-    engine.bank.slots = lambda frames: looked_up.append(frames) or slots(frames)  # type: ignore[assignment, func-returns-value]
+    engine.bank.slots = lambda frames: looked_up.append(frames) or slots(frames)  # type: ignore[method-assign, func-returns-value]
     for layer, (_, k, v) in enumerate(draw(5, 2, 2)[0]):
         engine.rewrite(layer, range(1, 3), k, v)
         pages = engine.bank.v_pages[layer][slots(torch.tensor([[1, 2]] * 2, dtype=torch.int32)).long()]
@@ -221,9 +228,9 @@ def test_a_memory_for_a_model_has_its_sizes() -> None:
     model = CausalWanModel(
         dim=32, ffn_dim=32, freq_dim=16, text_dim=8, text_len=4, num_heads=2, num_layers=3, in_dim=4, out_dim=4
     ).bfloat16()
-    engine = RetrievalMemory.for_model(model, (2, 21, 4, 8, 12), SMALL, embedding=AveragePool(), capacity=7)
+    engine = RetrievalMemory.for_model(model, (2, 21, 4, 8, 12), SMALL, embedding=AveragePool())
     assert len(engine.bank.k_pages) == 3
-    assert engine.bank.k_pages[0].shape == (2 * 7, 2, 4 * 6, 16)
+    assert engine.bank.k_pages[0].shape == (2 * (5 + 1), 2, 4 * 6, 16)
     assert engine.bank.k_pages[0].dtype == torch.bfloat16
     with pytest.raises(ValueError, match="height and width divisible by the patch"):
         RetrievalMemory.for_model(model, (2, 21, 4, 8, 11), SMALL, embedding=AveragePool())

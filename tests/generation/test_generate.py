@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from support.video_files import read_video
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-SIZES = {"dim": 128, "ffn_dim": 64, "freq_dim": 32, "text_dim": 24, "num_heads": 1, "num_layers": 2}
+SIZES: dict[str, Any] = {"dim": 128, "ffn_dim": 64, "freq_dim": 32, "text_dim": 24, "num_heads": 1, "num_layers": 2}
 # 9 latent frames, 33 pictures, too short for memory; 33 latent frames, with more candidates than memory takes.
 SHORT = ["--seconds", "8", "--fps", "4", "--height", "32", "--width", "48"]
 LONG = ["--seconds", "32", *SHORT[2:]]
@@ -96,7 +98,7 @@ def test_video_is_that_of_rollout_and_decoding_at_once(generate, parts, monkeypa
 
 
 def test_layouts_and_low_memory_do_not_change_the_video(generate, monkeypatch):
-    written = []
+    written: list[list[np.ndarray]] = []
     monkeypatch.setattr(VideoWriter, "write", lambda self, frames: written[-1].append(frames.astype(int)))
     for arguments in ({"wan": "original"}, {"wan": "diffusers"}):
         written.append([])
@@ -110,12 +112,15 @@ def test_layouts_and_low_memory_do_not_change_the_video(generate, monkeypatch):
 
 def test_a_device_budget_does_not_change_the_video(generate, tmp_path, capsys):
     prompt = ["--prompt", "a cat"]
+    page = 2 * SIZES["num_layers"] * 2 * 3 * SIZES["dim"] * 4  # of a latent frame of 2 x 3 tokens in float32
     assert generate(*prompt, length=LONG, output="a") == 0
-    assert generate(*prompt, "--device-frames", "12", length=LONG, output="b") == 0
-    assert "12 of 33 frames on the device" in capsys.readouterr().out
+    assert generate(*prompt, "--device-memory", f"{12 * page}", length=LONG, output="b") == 0
+    assert re.search(r"device 12 frames, .*; host 21 frames, ", capsys.readouterr().out)
     assert (tmp_path / "a" / "0000-a-cat.mp4").read_bytes() == (tmp_path / "b" / "0000-a-cat.mp4").read_bytes()
-    assert generate(*prompt, "--device-frames", "11", output="c") == 2
-    assert "device_frames must be at least context_frames = 12, got 11" in capsys.readouterr().err
+    assert generate(*prompt, "--device-memory", f"{12 * page - 1}", output="c") == 2
+    assert "budget.device must hold the keys and values of context_frames = 12 latent" in capsys.readouterr().err
+    assert generate(*prompt, "--host-memory", "much", output="c") == 2
+    assert "a size must look like 12GB, 500MiB or 4096, got 'much'" in capsys.readouterr().err
 
 
 def test_prompt_file_resumes_and_ranks_share_it(generate, tmp_path, capsys, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import av
 import numpy as np
 import pytest
@@ -40,9 +42,10 @@ def test_file_is_what_players_take(tmp_path):
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
         assert stream.frames == 5
+        assert stream.average_rate is not None and stream.time_base is not None
         assert float(stream.average_rate) == pytest.approx(30000 / 1001)
         assert stream.codec_context.colorspace == 1
-        times = [float(frame.pts * stream.time_base) for frame in container.decode(stream)]
+        times = [float(cast(int, frame.pts) * stream.time_base) for frame in container.decode(stream)]
         assert times == pytest.approx([index * 1001 / 30000 for index in range(5)], abs=1e-4)
     data = path.read_bytes()
     assert data.index(b"moov") < data.index(b"mdat")

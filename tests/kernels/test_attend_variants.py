@@ -86,8 +86,8 @@ def check_against_float64(arguments: Arguments, out: Tensor, lse: Tensor) -> Non
         for head in range(out.shape[2]):
             part = slice(head, head + 1)
             q = arguments.q[one, :, part].double().contiguous()
-            pages = [pool[:, part].double().contiguous() for pool in (arguments.k_pages, arguments.v_pages)]
-            expected, expected_lse = ops.attend(q, *pages, *tables, return_lse=True)
+            k_pages, v_pages = (p[:, part].double().contiguous() for p in (arguments.k_pages, arguments.v_pages))
+            expected, expected_lse = ops.attend(q, k_pages, v_pages, *tables, return_lse=True)
             error = (out[sample, :, head].double() - expected[0, :, 0]).norm() / expected.norm()
             # The output, the weights and the rotated part of the query are rounded, each to within eps / 2.
             assert error < 0.75 * eps, f"sample {sample}, head {head}: relative error {error:.2e} against float64"

@@ -19,6 +19,7 @@ CACHE = emulated.CSRC.parent / "build" / "compiled"
 # Instructions in every instance of a kernel, by file; the 16-byte accesses and the tensor core products.
 INSTRUCTIONS = {
     "insert": ["LDG.E.128", "STG.E.128"],
+    "pack": [],
     "retrieve": ["LDG.E.128", "SHFL", "ATOM"],
     "attend": ["HMMA.16816.F32", "LDGSTS.E.BYPASS.LTC128B.128", "LDSM.16.M88.4", "LDSM.16.MT88.4", "MUFU.EX2"],
 }
@@ -88,6 +89,16 @@ def test_machine_code(file: str, architecture: str) -> None:
     for name, code in functions(cubin).items():
         missing = [i for i in INSTRUCTIONS.get(file, INSTRUCTIONS_SM90) if i not in code]
         assert not missing, f"{name} has no {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("architecture", architectures())
+def test_pages_are_packed_in_16_byte_words(architecture: str) -> None:
+    """Read by one kernel and written by the other; codes and scales are narrower in some instances."""
+    cubin, _ = compile_kernels("pack", architecture)
+    for name, code in functions(cubin).items():
+        tile = 24 if "Li8E" in name else 16
+        access, at_least = ("STG.E.128", 8) if "unpack" in name else ("LDG.E.128", tile)
+        assert code.count(access) >= at_least, f"{name} has {code.count(access)} {access}"
 
 
 def test_softmax_overlaps_the_second_product() -> None:

@@ -39,7 +39,7 @@ def run_retrieve() -> list[Tensor]:
     torch.manual_seed(0)
     keys = torch.randn(1, 203, 40)
     keys[:, 150] = 9 * keys[:, 30]  # beyond the range, and the best
-    results = []
+    results: list[Tensor] = []
     for k in (9, 50):
         results += ops.retrieve(keys[:, 30], keys, 1 / keys.norm(dim=-1), 1, 150, k)
     return results
@@ -49,8 +49,26 @@ def run_attend() -> list[Tensor]:
     torch.manual_seed(0)
     q = torch.randn(1, 2 * 75, 1, 64).half()
     pages = torch.randn(2, 4, 1, 75, 64).half()
-    tables = [torch.tensor([row], dtype=torch.int32) for row in ([3, -1, 0, 1], [2, 9, 0, 5], [6, 7])]
-    return list(ops.attend(q, *pages, *tables, rotary.temporal_frequencies(64), return_lse=True))
+    slots, positions, query_position = (
+        torch.tensor([row], dtype=torch.int32) for row in ([3, -1, 0, 1], [2, 9, 0, 5], [6, 7])
+    )
+    frequencies = rotary.temporal_frequencies(64)
+    return list(ops.attend(q, pages[0], pages[1], slots, positions, query_position, frequencies, return_lse=True))
+
+
+def run_pack() -> list[Tensor]:
+    torch.manual_seed(0)
+    results = []
+    for bits in (8, 4):
+        k, v = torch.randn(2, 2, 2, 3, 49, 64).bfloat16()
+        for pool in (k, v):
+            pool[1, 0, 2, 40, 7] = torch.nan
+        packed = torch.full((ops.packed_bytes(2, 3, 49, 64, bits),), 0xFF, dtype=torch.uint8)  # type: ignore[arg-type]
+        ops.pack(list(k), list(v), 0, bits, out=packed)  # type: ignore[arg-type]
+        back = torch.zeros(2, 2, 2, 3, 49, 64).bfloat16()
+        ops.unpack(packed, list(back[0]), list(back[1]), 0, bits)  # type: ignore[arg-type]
+        results += [packed, back.nan_to_num(nan=1e3)]
+    return results
 
 
 SM80 = "cuda/attend_sm80.cuh"
@@ -93,6 +111,23 @@ FAULTS = {
         "clear(workspace, counter_bytes(a.batch), stream);",
         "",
     ),
+    "pack: wrong shuffle": (run_pack, "cuda/pack.cuh", "distance = t.lanes / 2;", "distance = t.lanes / 4;"),
+    "pack: one token beyond the frame": (
+        run_pack,
+        "cuda/pack.cuh",
+        "f.tokens - token) : 0",
+        "f.tokens - token + 1) : 0",
+    ),
+    "pack: scales rounded to the nearest": (run_pack, "cuda/pack.cuh", "+ 0xffff) >> 16", "+ 0x7fff) >> 16"),
+    "pack: NaN passed over": (run_pack, "cuda/pack.cuh", "if (largest >= 0x7f800000u)", "if (largest == 0x7f800000u)"),
+    "pack: bytes behind a layer left as they were": (
+        run_pack,
+        "cuda/pack.cuh",
+        "used + threadIdx.x] = 0;",
+        "used] = 0;",
+    ),
+    "unpack: sign of the codes lost": (run_pack, "cuda/pack.cuh", "static_cast<int32_t>(on_top)", "on_top"),
+    "unpack: one scale for eight tokens": (run_pack, "cuda/pack.cuh", "t.scales[first + i]", "t.scales[first]"),
     "attend: no barrier before K is read": (run_attend, SM80, "__syncthreads();  // K is there", "// K is there"),
     "attend: no barrier before V is read": (run_attend, SM80, "__syncthreads();  // V is there", "// V is there"),
     "attend: V not waited for": (
@@ -127,7 +162,7 @@ def agrees(run: Callable[[], list[Tensor]], *edits: emulated.Edit) -> bool:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("run", [run_insert, run_retrieve, run_attend])
+@pytest.mark.parametrize("run", [run_insert, run_retrieve, run_attend, run_pack])
 def test_right_without_a_fault(run: Callable[[], list[Tensor]], order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIMT_ORDER", order)
     assert agrees(run)

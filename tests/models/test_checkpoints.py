@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from safetensors.torch import save_file
 from longlive_rag.models import CausalWanModel
 from longlive_rag.models.checkpoints import load_causal_wan, wan_name
 
-SIZES = {"dim": 128, "ffn_dim": 48, "freq_dim": 32, "text_dim": 24, "text_len": 512, "num_heads": 1, "num_layers": 2}
+SIZES: dict[str, Any] = {
+    "dim": 128, "ffn_dim": 48, "freq_dim": 32, "text_dim": 24, "text_len": 512, "num_heads": 1, "num_layers": 2
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

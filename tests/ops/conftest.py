@@ -1,5 +1,6 @@
 """Every contract test runs over every backend there is: the PyTorch reference, the CUDA kernels emulated on the CPU
-(under both schedules; attend also as on Hopper), and the CUDA kernels on a GPU."""
+(under both schedules; attend also as on Hopper), and the CUDA kernels on a GPU. attend has one more: PyTorch's own
+attention."""
 
 from __future__ import annotations
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 
 from longlive_rag.native import cuda_status
+from longlive_rag.ops._choice import SWITCH
 from support import emulated
 
 CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
-EVERYWHERE = ["reference", "emulated", "emulated-reverse", CUDA]
+EVERYWHERE: list[object] = ["reference", "emulated", "emulated-reverse", CUDA]
 HOPPER = ["emulated-sm90", "emulated-sm90-reverse"]
 """Where frames have fewer tokens than the kernel for Hopper takes, these run the other one, as a GPU does."""
 
@@ -23,9 +25,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" not in metafunc.fixturenames or "device" in chosen:
         return
     if metafunc.definition.get_closest_marker("cuda"):
-        backends = [CUDA]
+        backends: list[object] = [CUDA]
     elif metafunc.module.__name__.endswith("test_attend"):
-        backends = [*EVERYWHERE, *HOPPER]
+        backends = ["portable", *EVERYWHERE, *HOPPER]
     else:
         backends = EVERYWHERE
     metafunc.parametrize("device", backends, indirect=True)
@@ -39,7 +41,8 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         if not status.available:
             pytest.skip(f"no CUDA kernels here: {status.reason}")
         yield torch.device("cuda")
-    elif request.param == "reference":
+    elif request.param in ("reference", "portable"):
+        monkeypatch.setenv(SWITCH, request.param)
         yield torch.device("cpu")
     else:
         monkeypatch.setenv("SIMT_ORDER", "reverse" if request.param.endswith("reverse") else "forward")
@@ -55,11 +58,11 @@ def assert_same(request: pytest.FixtureRequest, device: torch.device) -> Callabl
     shape, CPU and number of threads: the reference may differ by the order of a float32 sum, and then by one rounding
     to the result's dtype.
     """
-    is_reference = request.node.callspec.params["device"] == "reference"
+    is_pytorch = request.node.callspec.params["device"] in ("reference", "portable")
 
     def compare(got: torch.Tensor, expected: torch.Tensor) -> None:
         # Sums of at most 256 terms of order 1: eps * sqrt(256).
-        rtol, atol = (torch.finfo(got.dtype).eps, 16 * torch.finfo(torch.float32).eps) if is_reference else (0, 0)
+        rtol, atol = (torch.finfo(got.dtype).eps, 16 * torch.finfo(torch.float32).eps) if is_pytorch else (0, 0)
         torch.testing.assert_close(got, expected, rtol=rtol, atol=atol, equal_nan=True)
 
     return compare

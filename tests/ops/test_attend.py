@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -213,7 +214,7 @@ def test_pages_beyond_32_bit_offsets(device: torch.device) -> None:
         pytest.skip(f"needs 9 GB of address space: {error}")
     k_pages, v_pages = pages
     k_pages[-1], v_pages[-1] = 0, torch.arange(heads, device=device)[:, None, None]
-    ints = {"dtype": torch.int32, "device": device}
+    ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
     out = ops.attend(
         torch.zeros(1, tokens, heads, head_dim, dtype=torch.bfloat16, device=device),
         k_pages,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from longlive_rag import RetrievalConfig, RetrievalMemory, ops, rotary
+from longlive_rag import Budget, RetrievalConfig, RetrievalMemory, ops, rotary
 from longlive_rag.embedding import AveragePool
 from longlive_rag.models import CausalWanModel
 
@@ -91,7 +91,7 @@ def test_a_block_is_captured_once_and_replayed_for_the_next() -> None:
     def video(replay: bool) -> Tensor:
         memory = RetrievalMemory(
             config, batch=1, layers=2, heads=2, head_dim=128, grid=(4, 6), device=CUDA, dtype=torch.bfloat16,
-            embedding=AveragePool(), capacity=24,
+            embedding=AveragePool(), budget=Budget(device=40 * 2 * 2 * 2 * 24 * 128 * 2),
         )  # fmt: skip
         latents = torch.empty(1, 2, 16, 8, 12, device=CUDA)
         flow = torch.empty_like(latents)
@@ -127,7 +127,7 @@ def test_a_block_begins_without_waiting_for_the_device() -> None:
     config = RetrievalConfig()
     memory = RetrievalMemory(
         config, batch=2, layers=1, heads=2, head_dim=64, grid=(2, 3), device=CUDA, dtype=torch.bfloat16,
-        embedding=AveragePool(), capacity=40,
+        embedding=AveragePool(), budget=Budget(device=60 * 2 * 2 * 2 * 6 * 64 * 2),
     )  # fmt: skip
     q = torch.randn(2, 3, 6, 2, 64, device=CUDA).bfloat16()
     latents = torch.randn(2, 3, 16, 4, 6, device=CUDA)

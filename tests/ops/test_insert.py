@@ -161,7 +161,7 @@ def test_nothing_to_insert(device: torch.device, shape: tuple[int, ...]) -> None
     k = torch.zeros(shape, dtype=torch.bfloat16, device=device)
     pages = poisoned(2, 1, heads, tokens, head_dim, dtype=k.dtype, device=device)
     slots = torch.zeros(batch, frames, dtype=torch.int32, device=device)
-    out = ops.insert(k, k, None, torch.zeros(tokens, 0, 2, device=device), *pages, slots, q=k)
+    out = ops.insert(k, k, None, torch.zeros(tokens, 0, 2, device=device), pages[0], pages[1], slots, q=k)
     assert out is not None and out.shape == (batch, frames * tokens, heads, head_dim) and pages.isnan().all()
 
 
@@ -183,11 +183,11 @@ def test_a_frame_does_not_depend_on_its_batch(
     weight, rotation = torch.rand(256, device=device), rotation_table(6, 20).to(device)
     slots = torch.arange(6, dtype=torch.int32, device=device).view(3, 2)
     together, alone = ([poisoned(6, 4, 6, 64, dtype=k.dtype, device=device) for _ in "kv"] for _ in range(2))
-    ops.insert(k, k, weight, rotation, *together, slots)
+    ops.insert(k, k, weight, rotation, together[0], together[1], slots)
     for b in range(3):
         for f in range(2):
             frame = k[b : b + 1, f : f + 1]
-            ops.insert(frame, frame, weight, rotation, *alone, slots[b : b + 1, f : f + 1])
+            ops.insert(frame, frame, weight, rotation, alone[0], alone[1], slots[b : b + 1, f : f + 1])
     assert_same(together[0], alone[0])
     assert torch.equal(together[1], alone[1])
 

@@ -54,7 +54,25 @@ def attend_arguments(device: str = "cpu") -> dict[str, Any]:
     }
 
 
-ARGUMENTS = {"insert": insert_arguments, "retrieve": retrieve_arguments, "attend": attend_arguments}
+def unpack_arguments(device: str = "cpu") -> dict[str, Any]:
+    k, v = ([torch.randn(S, H, T, D, device=device) for _ in range(2)] for _ in "kv")
+    packed = torch.randint(128, (ops.packed_bytes(2, H, T, D, 8),), dtype=torch.uint8, device=device)
+    return {"packed": packed, "k_pages": k, "v_pages": v, "slot": 3, "bits": 8}
+
+
+def pack_arguments(device: str = "cpu") -> dict[str, Any]:
+    return {name: value for name, value in unpack_arguments(device).items() if name != "packed"}
+
+
+ARGUMENTS = {
+    "insert": insert_arguments,
+    "retrieve": retrieve_arguments,
+    "attend": attend_arguments,
+    "pack": pack_arguments,
+    "unpack": unpack_arguments,
+}
+# As registered, `pack` is given what it writes to.
+REGISTERED_ARGUMENTS = {**ARGUMENTS, "pack": unpack_arguments}
 
 
 # Every form of each schema: what is optional present and absent.
@@ -65,6 +83,8 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "retrieve": ("retrieve", {}),
     "attend": ("attend", {"lse": False}),
     "attend with lse": ("attend", {"lse": True}),
+    "pack": ("pack", {}),
+    "unpack": ("unpack", {}),
 }
 
 
@@ -72,7 +92,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("form", list(FORMS))
 def test_opcheck(form: str, device: str) -> None:
     name, change = FORMS[form]
-    arguments = {**ARGUMENTS[name](device), **change}
+    arguments = {**REGISTERED_ARGUMENTS[name](device), **change}
     torch.library.opcheck(getattr(torch.ops.longlive_rag, name).default, tuple(arguments.values()))
 
 
@@ -130,6 +150,14 @@ def test_compiles_whole(name: str, change: dict[str, Any], backend: str) -> None
         ("attend", {"positions": torch.zeros(B, 3, dtype=torch.int32)}, ValueError, r"positions must be \[B, N\]"),
         ("attend", {"query_position": torch.zeros(B, 1, dtype=torch.int32)}, ValueError, r"query_position must be"),
         ("attend", {"slots": torch.zeros(B, N).long()}, TypeError, "attend: slots must be int32, got int64"),
+        ("pack", {"k_pages": []}, ValueError, "pack: k_pages and v_pages must hold .* each layer, got 0 and 2 tensors"),
+        ("pack", {"v_pages": [torch.zeros(S, H, T, 8)] * 2}, ValueError, r"pack: v_pages\[0\] must be \[S, H, T, D\]"),
+        ("pack", {"k_pages": [torch.zeros(S, H, D, T).mT] * 2}, ValueError, r"pack: k_pages\[0\] must be contiguous"),
+        ("pack", {"bits": 16}, ValueError, "pack: bits must be 8 or 4, got 16"),
+        ("pack", {"slot": -1}, ValueError, "pack: slot must be 0 to 8, one of the pages, got -1"),
+        ("pack", {"out": torch.zeros(16).byte()}, ValueError, r"pack: out must be \[packed_bytes.* got \[16\]"),
+        ("unpack", {"slot": S}, ValueError, "unpack: slot must be 0 to 8, one of the pages, got 9"),
+        ("unpack", {"bits": 4}, ValueError, r"unpack: packed must be \[packed_bytes"),
         ("attend", {"frequencies": torch.zeros(9).double()}, ValueError, "frequencies turns 9 pairs, but a head of 16"),
     ],
 )  # fmt: skip

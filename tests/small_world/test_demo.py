@@ -55,9 +55,8 @@ def test_videos_are_paired_and_independent_of_the_batch():
 
 
 def test_workers_give_what_this_process_gives():
-    results = measure.measure_all(
-        "cuts", 26, policies=["oracle"], seed=1, videos=2, tick=(heard := []).append, workers=1
-    )
+    heard: list[int] = []
+    results = measure.measure_all("cuts", 26, policies=["oracle"], seed=1, videos=2, tick=heard.append, workers=1)
     assert set(results) == {Condition("oracle", True), Condition("oracle", False)}
     assert sum(heard) == 2 * 26
     walk = world.walk("cuts", 26)

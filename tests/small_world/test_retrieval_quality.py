@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from longlive_rag import RetrievalConfig
-from longlive_rag.embedding import AveragePool, LatentAutoencoder
+from longlive_rag.embedding import AveragePool, Embedding, LatentAutoencoder
 from longlive_rag.generation.video import VideoWriter
 from longlive_rag.small_world import embeddings, world
 from longlive_rag.small_world.backbone import ASSETS, load_backbone, load_codec
@@ -21,7 +21,12 @@ from longlive_rag.small_world.embeddings import (
     read_latents_or_video,
     world_videos,
 )
-from longlive_rag.small_world.retrieval_quality import effective_rank, retrieval_quality, similarity_by_lag
+from longlive_rag.small_world.retrieval_quality import (
+    RetrievalQuality,
+    effective_rank,
+    retrieval_quality,
+    similarity_by_lag,
+)
 
 CONFIG = RetrievalConfig(context_frames=6, sink_frames=1, memory_frames=2, recency_guard=5, block_frames=1)
 WALK = world.walk("cuts", 60)
@@ -34,23 +39,36 @@ def place_and_beat(beat_weight: float) -> torch.Tensor:
     return torch.cat([places, beat_weight * torch.stack([angle.cos(), angle.sin()], dim=1)], dim=1).float()
 
 
+def quality_of(
+    embeddings: torch.Tensor,
+    queries: torch.Tensor,
+    walk: world.Walk,
+    config: RetrievalConfig,
+    arrivals_only: bool = False,
+) -> RetrievalQuality:
+    """Where there is something to retrieve."""
+    quality = retrieval_quality(embeddings, queries, walk, config, arrivals_only=arrivals_only)
+    assert quality is not None
+    return quality
+
+
 def test_an_embedding_that_knows_place_and_beat_is_perfect():
     embeddings = place_and_beat(0.5)
-    quality = retrieval_quality(embeddings, embeddings, WALK, CONFIG)
+    quality = quality_of(embeddings, embeddings, WALK, CONFIG)
     assert (quality.precision_at_1, quality.precision_at_k, quality.recall_at_k, quality.best_at_1) == (1, 1, 1, 1)
     assert quality.margin > 0
 
 
 def test_an_embedding_that_knows_the_beat_only_is_told_apart():
     embeddings = place_and_beat(100.0)
-    quality = retrieval_quality(embeddings, embeddings, WALK, CONFIG)
+    quality = quality_of(embeddings, embeddings, WALK, CONFIG)
     assert quality.precision_at_1 < 0.75 and quality.margin < 0.01
 
 
 def test_the_newest_frame_finds_the_place_that_is_left():
     embeddings = place_and_beat(0.5)
-    arriving = retrieval_quality(embeddings, embeddings.roll(1, dims=0), WALK, CONFIG, arrivals_only=True)
-    everywhere = retrieval_quality(embeddings, embeddings.roll(1, dims=0), WALK, CONFIG)
+    arriving = quality_of(embeddings, embeddings.roll(1, dims=0), WALK, CONFIG, arrivals_only=True)
+    everywhere = quality_of(embeddings, embeddings.roll(1, dims=0), WALK, CONFIG)
     assert arriving.blocks == everywhere.blocks / world.DWELL
     assert arriving.precision_at_1 < 0.2 and everywhere.precision_at_1 > 0.75
 
@@ -60,7 +78,7 @@ def test_numbers_by_hand():
     config = RetrievalConfig(context_frames=3, sink_frames=1, memory_frames=1, recency_guard=0, block_frames=1)
     walk = world.Walk("cuts", np.array([3, 0, 1, 0, 2, 2, 0]), np.arange(7), lap=7)
     unit = torch.tensor([[0.0, 1.0], [0.6, 0.8], [0.8, 0.6], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
-    quality = retrieval_quality(unit, unit, walk, config, arrivals_only=True)
+    quality = quality_of(unit, unit, walk, config, arrivals_only=True)
     # Frames 1, 2 and 3 have similarity .6, .8 and 0, so that the wrong frame 2 comes first.
     assert (quality.precision_at_1, quality.recall_at_k, quality.blocks) == (0, 0, 1)
     assert quality.margin == pytest.approx(-0.2)
@@ -72,7 +90,7 @@ def test_recall_counts_what_k_frames_can_hold():
     config = RetrievalConfig(context_frames=4, sink_frames=0, memory_frames=3, recency_guard=0, block_frames=1)
     walk = world.Walk("cuts", np.array([0, 1, 1, 1, 2, 2, 2, 2, 0]), np.arange(9) % 8, lap=9)
     unit = torch.eye(3)[walk.views]
-    quality = retrieval_quality(unit, unit, walk, config, arrivals_only=True)
+    quality = quality_of(unit, unit, walk, config, arrivals_only=True)
     assert (quality.precision_at_k, quality.recall_at_k) == (pytest.approx(1 / 3), 1)
 
 
@@ -128,7 +146,7 @@ def test_report_of_embeddings(truth, tmp_path: Path):
     latents = read_latents_or_video(video)
     assert latents.shape == (4, 3, 4, 6) and latents.abs().max() <= 1
     encoder = LatentAutoencoder(16, 8, 8, embedding_dim=8, hidden_dims=(8,))
-    everything = {"average pool": AveragePool(), "encoder": encoder}
+    everything: dict[str, Embedding] = {"average pool": AveragePool(), "encoder": encoder}
     report = {
         "small_world": {name: measure_on_world(each, truth, CONFIG) for name, each in everything.items()},
         "files": {str(video): {name: measure_alone(each, latents) for name, each in everything.items()}},

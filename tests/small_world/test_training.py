@@ -55,7 +55,7 @@ def test_joint_attention_equals_the_cached_rollout(name):
     )
     context = torch.zeros(batch, CHUNK, COLUMNS, dtype=torch.long)
     distance, used = torch.zeros_like(context), torch.zeros_like(context, dtype=torch.bool)
-    cached = {0.0: [], 625.0: []}
+    cached: dict[float, list[torch.Tensor]] = {0.0: [], 625.0: []}
     for start in range(CHUNK):
         prompt = model.prepare_prompt(model.prompts[views[:, start]])
         memory.begin_block(start, 1)

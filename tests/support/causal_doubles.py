@@ -6,13 +6,16 @@ The cached attention itself is missing: a patched double must never reach it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longlive_rag import rotary
 from longlive_rag.models import CausalWanModel
-from longlive_rag.models.causal_wan import sinusoidal_embedding
+from longlive_rag.models.causal_wan import CrossAttention, Head, sinusoidal_embedding
 
 
 class NativeAttentionReached(Exception):
@@ -144,10 +147,31 @@ ATTENTIONS: dict[str, type[Attention]] = {
 }
 
 
+class Block(Protocol):
+    """What a transformer uses of our model's block, whose attention it has replaced."""
+
+    self_attn: Attention
+    cross_attn: CrossAttention
+    norm1: nn.LayerNorm
+    norm2: nn.LayerNorm
+    norm3: nn.LayerNorm
+    ffn: nn.Sequential
+    modulation: Tensor
+
+
 class Transformer(nn.Module):
     """Takes latents [B, C, F, H, W] and hands each layer its cache, as the public transformers do."""
 
-    def __init__(self, attention: type[Attention], **sizes: int) -> None:
+    # Taken over from our own model by name.
+    patch_embedding: nn.Conv3d
+    text_embedding: nn.Sequential
+    time_embedding: nn.Sequential
+    time_projection: nn.Sequential
+    blocks: Sequence[Block]  # a ModuleList
+    head: Head
+    num_frame_per_block: int  # only where a test sets it
+
+    def __init__(self, attention: type[Attention], **sizes: Any) -> None:
         super().__init__()
         parts = CausalWanModel(**sizes)
         for name, module in parts.named_children():
@@ -214,14 +238,18 @@ class Wrapper(nn.Module):
 class Pipeline:
     """No module, as many pipelines; keeps the wrapper as `generator`."""
 
-    def __init__(self, family: str, **sizes: int) -> None:
+    # Only where a test sets them.
+    num_frame_per_block: int
+    denoising_step_list: Tensor
+
+    def __init__(self, family: str, **sizes: Any) -> None:
         self.generator = Wrapper(Transformer(ATTENTIONS[family], **sizes)).eval().requires_grad_(False)
 
     @property
     def transformer(self) -> Transformer:
-        return self.generator.model
+        return cast(Transformer, self.generator.model)
 
-    def cache(self, batch: int, tokens: int, **extra: object) -> list[dict[str, object]]:
+    def cache(self, batch: int, tokens: int, **extra: object) -> list[dict[str, Any]]:
         heads, head_dim = (getattr(self.transformer.blocks[0].self_attn, name) for name in ("num_heads", "head_dim"))
         return [
             {

@@ -124,7 +124,12 @@ def _serve() -> None:
                 if not (Path(request["output"]) / "cat.mp4").is_file():
                     make_video(pipeline, Path(request["output"]))
                 video_journal(
-                    Path(request["output"]) / "cat.mp4", FACTS, pipeline.settings, None, pipeline.device
+                    Path(request["output"]) / "cat.mp4",
+                    FACTS,
+                    pipeline.settings,
+                    None,
+                    pipeline.budget,
+                    pipeline.device,
                 ).remove_finished()
                 status = 0
             finally:

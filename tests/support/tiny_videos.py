@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longlive_rag import RetrievalConfig
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "dim": 32, "ffn_dim": 32, "freq_dim": 16, "text_dim": 8, "text_len": 4, "num_heads": 2, "num_layers": 2
 }  # fmt: skip
 CONFIG = RetrievalConfig(context_frames=5, sink_frames=1, memory_frames=2, recency_guard=0, block_frames=1)

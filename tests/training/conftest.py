@@ -1,19 +1,9 @@
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from longlive_rag.training.latents import write_latents
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These models are too small for a second thread to pay, least of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def write_videos(folder: Path, videos: int, frames: int = 12, channels: int = 4, size: int = 8) -> Path:

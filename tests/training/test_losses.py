@@ -35,7 +35,7 @@ def test_delta_leaves_neighbours_below_the_margin_alone():
     embeddings = TURN.clone().requires_grad_()
     temporal_delta_loss(embeddings, window=2, margin=1.0).backward()
     assert temporal_delta_loss(TURN, window=2, margin=1.0).item() == 0
-    assert not embeddings.grad.any()
+    assert embeddings.grad is not None and not embeddings.grad.any()
 
 
 def test_smoothing_is_the_length_of_the_acceleration_of_raw_embeddings():
@@ -50,7 +50,7 @@ def test_smoothing_has_a_finite_gradient_on_a_straight_line():
     loss = smoothing_loss(line)
     loss.backward()
     assert loss.item() == pytest.approx(1e-4)
-    assert line.grad.isfinite().all()
+    assert line.grad is not None and line.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("loss", [temporal_delta_loss, smoothing_loss])

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ from longlive_rag.training.trainer import BEST, LAST, METRICS, AutoencoderTraine
 CONFIG = TrainingConfig(epochs=3, batch=2, embedding_dim=8, hidden_dims=(8,), learning_rate=3e-3)
 
 
-def trainer(folder: Path, output: Path, config: TrainingConfig = CONFIG, **options: object) -> AutoencoderTrainer:
+def trainer(folder: Path, output: Path, config: TrainingConfig = CONFIG, **options: Any) -> AutoencoderTrainer:
     output.mkdir(exist_ok=True)
     corpus = open_corpus(folder, config.chunk_frames)
     return AutoencoderTrainer(config, corpus, output, ranks=Ranks(), device=torch.device("cpu"), **options)
@@ -33,7 +36,7 @@ def outcome(output: Path) -> tuple[dict, list[dict]]:
     return torch.load(output / LAST, weights_only=True), lines
 
 
-def assert_same(a: object, b: object) -> None:
+def assert_same(a: Any, b: Any) -> None:
     """Equal bit for bit, however nested."""
     assert type(a) is type(b)
     if isinstance(a, torch.Tensor):
@@ -50,21 +53,22 @@ def assert_same(a: object, b: object) -> None:
         assert a == b
 
 
+def stops_at(step: float, steps: Iterator[int]) -> bool:
+    return next(steps) == step
+
+
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 @pytest.mark.parametrize("stops", [(1,), (3,), (2, 5), (9,)])  # in an epoch, at its end, twice, before the last step
 def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
-    latents_folder: Path, tmp_path: Path, precision: str, stops: tuple[int, ...]
+    latents_folder: Path, tmp_path: Path, precision: Literal["float32", "float16"], stops: tuple[int, ...]
 ):
     config = replace(CONFIG, precision=precision)
     whole = trainer(latents_folder, tmp_path / "whole", config)
     assert whole.steps == 3
     assert whole.run()
-    done = 0
-    for stop in (*stops, math.inf):
+    for done, stop in zip((0, *stops), (*stops, math.inf), strict=True):
         part = trainer(latents_folder, tmp_path / "parts", config, resume=done > 0)
-        steps = iter(range(done + 1, 100))
-        finished = part.run(lambda steps=steps, stop=stop: next(steps) == stop)
-        done = stop
+        finished = part.run(partial(stops_at, stop, iter(range(done + 1, 100))))
         assert finished == (stop in (math.inf, 9))  # nothing is left to resume after the last step
     assert_same(outcome(tmp_path / "whole"), outcome(tmp_path / "parts"))
     assert_same(*(torch.load(tmp_path / run / BEST, weights_only=True) for run in ("whole", "parts")))
@@ -103,7 +107,8 @@ def test_it_learns(latents_folder: Path, tmp_path: Path):
 def test_each_temporal_loss_lowers_what_it_penalises(latents_folder: Path, tmp_path: Path, weight: str, term: str):
     without = replace(CONFIG, epochs=15, delta_weight=0, smooth_weight=0, delta_margin=0.2)
     trainer(latents_folder, tmp_path / "without", without).run()
-    trainer(latents_folder, tmp_path / "with", replace(without, **{weight: 3.0})).run()
+    weighted: dict[str, Any] = {weight: 3.0}
+    trainer(latents_folder, tmp_path / "with", replace(without, **weighted)).run()
     ends = [outcome(tmp_path / name)[1][-1]["train"][term] for name in ("without", "with")]
     assert ends[1] < 0.7 * ends[0]
 
@@ -122,10 +127,12 @@ def test_every_checkpoint_is_an_encoder(latents_folder: Path, tmp_path: Path):
         assert encoder.embed(torch.randn(3, 4, 8, 8)).norm(dim=-1).allclose(torch.ones(3))
 
 
-def test_the_best_checkpoint_is_the_one_with_the_lowest_validation_loss(latents_folder: Path, tmp_path: Path):
+def test_the_best_checkpoint_is_the_one_with_the_lowest_validation_loss(
+    latents_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     losses = iter([3.0, 1.0, 2.0])
     run = trainer(latents_folder, tmp_path / "run", save_every=1)
-    run._validate = lambda: [next(losses)] * 4
+    monkeypatch.setattr(run, "_validate", lambda: [next(losses)] * 4)
     run.run()
     best, second = (torch.load(tmp_path / "run" / name, weights_only=True) for name in (BEST, "epoch_0002.pt"))
     assert run.best == 1.0
@@ -180,8 +187,9 @@ def test_worker_processes_change_nothing(latents_folder: Path, tmp_path: Path):
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused_by_name(field: str, value: object):
+    setting: dict[str, Any] = {field: value}
     with pytest.raises(ValueError, match=f"^{field} must be"):
-        TrainingConfig(**{field: value})
+        TrainingConfig(**setting)
 
 
 def test_sizes_default_to_the_paper_and_for_small_frames_to_less():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parts")
     save_original_folder(folder / "wan")
     torch.manual_seed(0)
-    sizes = {"dim": 128, "ffn_dim": 64, "freq_dim": 32, "text_dim": 24, "num_heads": 1, "num_layers": 1}
+    sizes: dict[str, Any] = {"dim": 128, "ffn_dim": 64, "freq_dim": 32, "text_dim": 24, "num_heads": 1, "num_layers": 1}
     state = CausalWanModel(**sizes).state_dict()
     torch.save({"generator_ema": {f"model.{name}": tensor for name, tensor in state.items()}}, folder / "model.pt")
     (folder / "prompts.txt").write_text("a red fox\n\na blue whale\n", encoding="utf-8")

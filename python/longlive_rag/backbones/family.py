@@ -10,6 +10,7 @@ from torch import nn
 
 from longlive_rag.backbones.caches import Followers, FreedCaches
 from longlive_rag.backbones.forwards import Forwards
+from longlive_rag.backbones.own_context import OwnContext, Said
 from longlive_rag.config import RetrievalConfig
 
 
@@ -43,6 +44,8 @@ class Family(ABC):
     """How its cached self-attention looks, for the error when none is found."""
     drafts = True
     """Whether the first pass over a block is its first denoising step, whose result can ask for memory."""
+    unstated = RetrievalConfig()
+    """The default config for a model that does not say what its own window is."""
     reads_cache = False
     """Whether something still reads the pipeline's own cache, or its size; then it cannot be freed."""
 
@@ -71,12 +74,24 @@ class Family(ABC):
         """Latent frames of the longest pass that `model` will make, as far as it says; None: it does not say."""
         return None
 
+    def own_context(self, model: Any, transformer: CausalTransformer) -> OwnContext | None:
+        """What the transformer attends to by itself, as far as `model`, its pipeline or wrapper, and it say."""
+        return None
+
+    def switch_frames(self, config: RetrievalConfig, own: OwnContext | None) -> int | None:
+        """Latent frames that a prompt switch writes and sees in one pass; None: it makes no such pass."""
+        return None
+
     @abstractmethod
     def heads(self, attention: Any) -> tuple[int, int]:
         """Number of heads and their width."""
 
-    def new_state(self) -> Any:
-        """What the family remembers of a video, when one begins."""
+    def new_state(self, said: Said) -> Any:
+        """What the family remembers of a video, when one begins.
+
+        Args:
+            said: what the model and its pipeline say of themselves, now and later.
+        """
         return None
 
     @abstractmethod

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from longlive_rag.backbones.caches import Followers, FreedCaches
 from longlive_rag.backbones.family import Attachment, CausalTransformer
@@ -13,25 +15,29 @@ from longlive_rag.backbones.find import find_transformer
 from longlive_rag.backbones.follow import Follower, Kind, check_block_length
 from longlive_rag.backbones.forwards import Forwards, is_patched
 from longlive_rag.backbones.journal import Journal
+from longlive_rag.backbones.own_context import Said
+from longlive_rag.budget import Budget, format_bytes
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.embedding import AveragePool, Embedding, LatentAutoencoder
 from longlive_rag.memory import Retrieval, RetrievalMemory
 from longlive_rag.selection import Selection
+from longlive_rag.tiers.pages import frame_bytes
+
+logger = logging.getLogger(__name__)
 
 
 def patch(
     model: Any,
-    config: RetrievalConfig | None = None,
+    config: RetrievalConfig | Literal["native"] | None = None,
     *,
     embedding: Embedding | str | os.PathLike[str] | None = None,
     selection: Selection | None = None,
-    capacity: int = 64,
-    device_frames: int | None = None,
+    budget: Budget | None = None,
     release_cache: bool = False,
 ) -> Patched:
     """Turn the attention of an existing causal video model into attention with retrieval memory.
 
-        patched = patch(pipeline, RetrievalConfig())
+        patched = patch(pipeline)
         video = pipeline.inference(noise, prompts)
 
     The model's own code stays as it is; blocks, videos and prompt switches are read off its calls. Its projections and
@@ -41,13 +47,13 @@ def patch(
     Args:
         model: a causal video transformer of a family in docs/backbones.md, or a wrapper or pipeline that holds one;
             diffusers' too.
-        config: the context policy; default the paper's. Its window replaces the model's own.
+        config: the context policy. Default: the paper's memory within the model's own window, as
+            `RetrievalConfig.from_backbone` reads it off the pipeline; "native": the model's own attention, without
+            memory. `Patched.config` says what that is in numbers.
         embedding: of clean latent frames: an object, or the path of a retrieval autoencoder's checkpoint; default
             `AveragePool`.
         selection: which frames come back; default the most similar ones.
-        capacity: latent frames to make room for at once; pass the length of the video if it is known, to avoid copies.
-        device_frames: at most this many latent frames of each video on the GPU; older ones wait in host memory (see
-            `RetrievalMemory`).
+        budget: of each memory, in bytes (see `RetrievalMemory`); `rebuild` takes our own backbone.
         release_cache: free the keys and values of the pipeline's own cache, which nothing reads any more, the first
             time it is passed (see `Patched.released_bytes`). Families that read theirs keep it: krea realtime, whose
             pipeline goes by its size, and AnyFlow.
@@ -58,14 +64,18 @@ def patch(
             does not suit it.
         FileNotFoundError: there is no checkpoint at the path `embedding`.
     """
-    if config is None:
-        config = RetrievalConfig()
-    if not isinstance(config, RetrievalConfig):
-        raise TypeError(f"config must be a RetrievalConfig, got {type(config).__name__}")
+    if config is not None and config != "native" and not isinstance(config, RetrievalConfig):
+        raise TypeError(
+            f"config must be a RetrievalConfig, got {type(config).__name__} {config!r:.80}; or 'native', or None"
+        )
+    if budget is not None and budget.rebuild:
+        raise ValueError("budget.rebuild must be False: the clean passes of a patched model cannot be run again")
     transformer = find_transformer(model)
     family = transformer.family
     if is_patched(transformer.module):
         raise ValueError("model is patched already; call unpatch() on what patch() returned first")
+    if config is None or config == "native":
+        config = _own_config(model, transformer, config or "memory")
     if config.query == "draft" and not family.drafts:
         raise ValueError(
             f"config.query must be 'latest' for {family.name}, whose passes predict no single block, got 'draft'"
@@ -79,6 +89,16 @@ def patch(
     def make_memory(kind: Kind) -> RetrievalMemory:
         if isinstance(embedding, (str, os.PathLike)) and isinstance(embed, LatentAutoencoder):
             embed.to(kind.device)  # loaded here; an embedding that came as an object stays where its owner put it
+        if budget is not None and budget.device is not None and config.memory_frames:
+            rows, columns = kind.grid
+            page = frame_bytes(
+                layers=len(transformer.attentions),
+                heads=heads,
+                tokens=rows * columns,
+                head_dim=head_dim,
+                dtype=kind.dtype,
+            )
+            _check_switch(model, transformer, config, budget.device, kind.batch * page)
         return RetrievalMemory(
             config,
             batch=kind.batch,
@@ -90,15 +110,16 @@ def patch(
             dtype=kind.dtype,
             embedding=embed,
             selection=selection,
-            capacity=capacity,
-            device_frames=device_frames,
+            budget=budget,
         )
 
     journal = Journal()
-    followers = Followers(lambda: Follower(config, make_memory, family.new_state, journal))
+    said = Said(model, transformer.module, transformer.attentions[0])
+    followers = Followers(lambda: Follower(config, make_memory, lambda: family.new_state(said), journal))
     freed_caches = FreedCaches() if release_cache and not family.reads_cache else None
     attachment = Attachment(config, followers, Forwards(), freed_caches)
     family.attach(transformer, attachment)
+    logger.info("%s model patched with %s", family.name, config)
     return Patched(transformer, attachment, journal)
 
 
@@ -153,6 +174,48 @@ class Patched:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.unpatch()
+
+
+def config_for(model: Any, policy: Literal["memory", "native"], context_frames: int | None = None) -> RetrievalConfig:
+    """The config that `patch` uses for a model: by default ("memory"), or with "native".
+
+    Args:
+        context_frames: in place of the model's own window.
+    """
+    return _own_config(model, find_transformer(model), policy, context_frames)
+
+
+def _own_config(
+    model: Any, transformer: CausalTransformer, policy: str, context_frames: int | None = None
+) -> RetrievalConfig:
+    own = transformer.family.own_context(model, transformer)
+    if own is not None:
+        if context_frames is not None:
+            own = replace(own, context_frames=context_frames)
+        return own.native() if policy == "native" else own.with_memory()
+    if policy == "native":
+        raise ValueError(
+            f"config must be a RetrievalConfig for this {transformer.family.name} model, which does not say what its "
+            f"own window is, got 'native'"
+        )
+    return transformer.family.unstated
+
+
+def _check_switch(
+    model: Any, transformer: CausalTransformer, config: RetrievalConfig, device_bytes: int, bytes_a_frame: int
+) -> None:
+    """Refuse a budget that the first prompt switch would find too small, in the middle of a video."""
+    family = transformer.family
+    needed = family.switch_frames(config, family.own_context(model, transformer))
+    if needed is None or device_bytes >= needed * bytes_a_frame:
+        return
+    message = (
+        f"budget.device must be at least {format_bytes(needed * bytes_a_frame)} ({needed} latent frames) for a prompt "
+        f"switch of {family.name}, with the frames made again, the sink and memory; got {format_bytes(device_bytes)}"
+    )
+    if callable(getattr(model, "_recache_after_switch", None)):
+        raise ValueError(message)
+    logger.warning("%s; less will do as long as the prompt stays", message)
 
 
 def _embedding(embedding: object) -> Embedding:

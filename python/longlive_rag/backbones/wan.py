@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from longlive_rag import rotary
 from longlive_rag.backbones.family import Attachment, CausalTransformer, Family
 from longlive_rag.backbones.follow import Follower
+from longlive_rag.backbones.own_context import OwnContext, Said
 from longlive_rag.backbones.wan_attention import Arguments, attach_to_wan
+from longlive_rag.config import Positions
 
 REQUIRED = frozenset({"x", "grid_sizes", "kv_cache", "current_start"})
 """Names that the attention of every family takes."""
@@ -41,6 +43,8 @@ class WanFamily(Family):
     """Names that only its attention takes; one is enough to recognise it."""
     attributes: frozenset[str] = frozenset()
     """What its attention has, where it takes no name of its own."""
+    whole_past = 21
+    """Latent frames that the caches hold at 480x832 where a model attends to all of the past (local_attn_size -1)."""
     has_clean_pass = True
     """Whether the last pass over a block takes its clean latents; otherwise they are what that pass predicts."""
 
@@ -107,6 +111,42 @@ class WanFamily(Family):
     def longest_pass(self, model: Any, transformer: CausalTransformer) -> int | None:
         stated = [getattr(holder, "num_frame_per_block", None) for holder in (model, transformer.module)]
         return max((frames for frames in stated if isinstance(frames, int)), default=None)
+
+    def own_context(self, model: Any, transformer: CausalTransformer) -> OwnContext | None:
+        said = Said(model, transformer.module, transformer.attentions[0])
+        window, sink = self.window(said), self.sink(said)
+        if window is None:
+            return None
+        positions = self.positions(said, transformer)
+        return OwnContext(
+            context_frames=window,
+            sink_frames=sink,
+            block_frames=said.integer("num_frame_per_block") or 1,
+            positions=positions,
+            memory_positions=self.memory_positions(positions),
+            longest_pass=self.longest_pass(model, transformer) or 1,
+            memory_frames=said.integer("memory_size") or None,
+            recency_guard=said.integer("recent_exclude"),
+        )
+
+    def window(self, said: Said) -> int | None:
+        """Latent frames that a block attends to, its own included; None: the model does not say."""
+        stated = said.integer("local_attn_size")
+        if stated is None or stated > 0:
+            return stated
+        attended, tokens = said.integer("max_attention_size"), said.integer("frame_seq_length")
+        return attended // tokens if attended and tokens and attended >= tokens else self.whole_past
+
+    def sink(self, said: Said) -> int:
+        return said.integer("sink_size") or 0
+
+    def positions(self, said: Said, transformer: CausalTransformer) -> Positions:
+        """Temporal positions of the model's own attention."""
+        return "absolute"
+
+    def memory_positions(self, own: Positions) -> Positions:
+        """Temporal positions of the context with memory, given the model's own."""
+        return "relative"
 
     def heads(self, attention: Any) -> tuple[int, int]:
         return attention.num_heads, attention.head_dim

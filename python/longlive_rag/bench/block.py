@@ -90,12 +90,11 @@ def _filled(
         device=machine.device,
         dtype=dtype,
         embedding=AveragePool(),
-        capacity=START + frames,
     )
-    for pool in (*memory.bank.k_pages, *memory.bank.v_pages):
-        pool.normal_()
     for start in range(0, START, frames):
         memory.begin_block(start, frames)
         memory.commit(torch.randn(1, frames, 16, *latent, device=machine.device))
     memory.begin_block(START, frames)
+    for pool in (*memory.bank.k_pages, *memory.bank.v_pages):
+        pool.normal_()
     return memory

@@ -67,7 +67,6 @@ def _filled(
         device=machine.device,
         dtype=dtype,
         embedding=AveragePool(),
-        capacity=START + config.block_frames,
     )
     frames = config.block_frames
     for start in range(0, START + 1, frames):

@@ -14,7 +14,7 @@ from longlive_rag.options import Positional
 if TYPE_CHECKING:
     from longlive_rag.bench.common import Case, Machine
 
-Benchmark = Literal["insert", "retrieve", "attend", "layer", "block", "encoder"]
+Benchmark = Literal["insert", "retrieve", "attend", "pack", "layer", "block", "encoder", "portable"]
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,12 @@ class Bench:
         "insert",
         "retrieve",
         "attend",
+        "pack",
         "layer",
         "block",
         "encoder",
     )
-    """What to measure."""
+    """What to measure. portable, PyTorch's attention beside the definition, is measured only when it is asked for."""
     sweep: bool = False
     """With attend, on a Hopper GPU: more sizes, every variant of the kernel, and what the rotation costs."""
     json: Path | None = None

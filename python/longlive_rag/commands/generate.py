@@ -7,10 +7,11 @@ import importlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from longlive_rag.budget import Budget, BudgetOptions, format_bytes
 from longlive_rag.config import PAPER_STEPS, RetrievalConfig
 from longlive_rag.files import output_folder
 from longlive_rag.generation.prompts import read_prompts
@@ -54,7 +55,7 @@ class Generate:
         "weights": ("backbone", "wan_dir", "checkpoint", "weights", "lora", "lora_alpha", "embedding"),
         "context policy": ("policy",),
         "sampling": ("denoising_steps", "timestep_shift", "context_noise", "seed"),
-        "machine": ("device", "dtype", "low_memory", "device_frames"),
+        "machine": ("device", "dtype", "low_memory", "memory", "rebuild"),
     }
 
     backbone: Literal["self-forcing", "causal-forcing", "longlive", "wan"]
@@ -101,9 +102,10 @@ class Generate:
     """Precision of weights and memory; auto is bfloat16 on a GPU and float32 on a CPU."""
     low_memory: bool = False
     """Run the text encoder on the CPU, and keep the VAE there while the transformer runs."""
-    device_frames: int | None = None
-    """Latent frames whose keys and values stay on the GPU, at least --context-frames; older ones move to host memory
-    and come back when they are retrieved. Default: as many as fit."""
+    memory: BudgetOptions = field(default_factory=BudgetOptions)
+    """How much memory keys and values may take."""
+    rebuild: bool = False
+    """Compute keys and values again from the latents when a frame is retrieved that fitted nowhere; approximate."""
     replay: Path | None = None
     """JSON file of a video with these settings, whose blocks are to retrieve what it says, bit for bit, instead of what
     is found to be most similar."""
@@ -111,6 +113,8 @@ class Generate:
     """Generate finished videos again, and begin anew where one was begun with other settings."""
 
     def run(self) -> int:
+        import torch
+
         from longlive_rag.generation.pipeline import video_journal
         from longlive_rag.ranks import Ranks
 
@@ -125,11 +129,7 @@ class Generate:
         published_lora = BACKBONES[self.backbone].lora
         if published_lora is not None and self.lora is None:
             print(f"Note: without --lora. {self.backbone} is a base and {from_where([published_lora], Path('.'))}")
-        if self.device_frames is not None and self.device_frames < settings.policy.context_frames:
-            raise ValueError(
-                f"device_frames must be at least context_frames = {settings.policy.context_frames}, "
-                f"got {self.device_frames}"
-            )
+        budget = replace(self.memory.budget, rebuild=self.rebuild)
         ranks = Ranks.from_environment()
         device = self._device(ranks)
         dtype = self._dtype(device)
@@ -147,7 +147,7 @@ class Generate:
         replay = None if self.replay is None else _replayed(self.replay, prompts, facts, settings)
         todo = []
         for video in videos:
-            journal = video_journal(video.path, {"prompt": video.prompt, **facts}, settings, replay, device)
+            journal = video_journal(video.path, {"prompt": video.prompt, **facts}, settings, replay, budget, device)
             if self.overwrite:
                 todo.append(video)
             elif _is_done(video, facts, settings):
@@ -161,16 +161,23 @@ class Generate:
             return 0
 
         embeds = self._encode([video.prompt for video in todo], files, device, dtype)
-        pipeline = self._load(checkpoint, files, settings, embeds[0].shape[-1], device, dtype)
+        pipeline = self._load(checkpoint, files, settings, embeds[0].shape[-1], device, dtype, budget)
         print(
             f"{len(todo)} videos of {pipeline.latent_frames} latent frames on {device}; "
-            f"keys and values take {pipeline.held_frames * pipeline.frame_bytes / 1e9:.2f} GB, "
-            f"{pipeline.device_frames} of {pipeline.held_frames} frames on the device at a time."
+            f"keys and values take {format_bytes(pipeline.held_frames * pipeline.frame_bytes)} in all."
         )
         for video, prompt_embeds in zip(todo, embeds, strict=True):
             more = {"prompt": video.prompt, **facts}
-            pipeline.generate(prompt_embeds.to(device), video.path, more, replay=replay, overwrite=self.overwrite)
-            print(f"Written: {video.path}", flush=True)
+            try:
+                usage = pipeline.generate(
+                    prompt_embeds.to(device), video.path, more, replay=replay, overwrite=self.overwrite
+                )
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                raise ValueError(
+                    f"{video.path.name} could not be finished: {error}; the same command goes on after its last "
+                    f"finished block, also with less memory"
+                ) from error
+            print(f"Written: {video.path}\nKeys and values in the end: {usage}", flush=True)
         return 0
 
     def _settings(self) -> VideoSettings:
@@ -242,6 +249,7 @@ class Generate:
         text_dim: int,
         device: torch.device,
         dtype: torch.dtype,
+        budget: Budget,
     ) -> Pipeline:
         from longlive_rag.embedding import AveragePool, Embedding, LatentAutoencoder
         from longlive_rag.generation.pipeline import Pipeline
@@ -267,9 +275,7 @@ class Generate:
                 )
             embedding = autoencoder
         decoder = StreamingDecoder.from_files(files, device=device, dtype=dtype)
-        return Pipeline(
-            model, decoder, embedding, settings, low_memory=self.low_memory, device_frames=self.device_frames
-        )
+        return Pipeline(model, decoder, embedding, settings, low_memory=self.low_memory, budget=budget)
 
 
 def enumerate_videos(prompts: list[str], output: Path) -> Iterator[PromptVideo]:

@@ -9,10 +9,10 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from longlive_rag.backbones.run.settings import Settings
-from longlive_rag.config import RetrievalConfig
+from longlive_rag.backbones.run.settings import Policy, Settings
+from longlive_rag.budget import BudgetOptions
 from longlive_rag.files import atomic_path
 from longlive_rag.options import Positional
 
@@ -32,18 +32,18 @@ class Run:
 
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
         "context policy": ("policy", "embedding"),
-        "machine": ("device_frames", "keep_cache"),
+        "machine": ("memory", "keep_cache"),
         "output": ("log",),
     }
 
     command: Positional[tuple[str, ...]]
     """The command to run, with its own options."""
-    policy: RetrievalConfig = field(default_factory=RetrievalConfig)
-    """The context policy."""
+    policy: Policy = field(default_factory=Policy)
+    """The context policy. Default: the paper's memory within the model's own window."""
     embedding: Path | None = None
     """Checkpoint of the retrieval autoencoder used to search memory. Default: the mean of each latent channel."""
-    device_frames: int | None = None
-    """Latent frames of each video that stay on the GPU at most; older ones move to host memory. Default: all."""
+    memory: BudgetOptions = field(default_factory=BudgetOptions)
+    """How much memory keys and values may take."""
     keep_cache: bool = False
     """Keep the pipeline's own key-value cache allocated, although nothing reads it."""
     log: Path | None = None
@@ -54,9 +54,10 @@ class Run:
             raise ValueError("COMMAND must follow the options: longlive-rag run [OPTIONS] -- python inference.py ...")
         if self.embedding is not None and not self.embedding.is_file():
             raise FileNotFoundError(f"no autoencoder checkpoint at {self.embedding}")
+        budget = self.memory.budget
         with tempfile.TemporaryDirectory(prefix="longlive-rag-") as folder:
             embedding = None if self.embedding is None else self.embedding.resolve()
-            settings = Settings(self.policy, Path(folder), embedding, self.device_frames, self.keep_cache)
+            settings = Settings(Path(folder), self.policy, embedding, budget, self.keep_cache)
             status = subprocess.run(self.command, env=settings.environment(os.environ)).returncode
             reports = [json.loads(path.read_text()) for path in sorted(Path(folder).iterdir())]
         if status:
@@ -67,7 +68,7 @@ class Run:
             freed = f"; {report['released_bytes'] / 2**20:.0f} MiB of its own cache freed"
             print(
                 f"longlive-rag run: {report['family']} model patched, videos with memory: {len(report['videos'])}"
-                f"{'' if self.keep_cache else freed}",
+                f"{'' if self.keep_cache else freed}; {_in_words(report['config'])}",
                 file=sys.stderr,
             )
         if not any(report["used"] for report in reports):
@@ -80,3 +81,7 @@ class Run:
             with atomic_path(self.log) as partial:
                 partial.write_text(json.dumps(reports, indent=1))
         return 0
+
+
+def _in_words(config: dict[str, Any]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in config.items())

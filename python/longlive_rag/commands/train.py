@@ -34,7 +34,7 @@ class Train:
     """
 
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
-        "what to do": ("output", "data", "resume", "ablation", "evaluate", "also", "bad_data"),
+        "what to do": ("output", "data", "resume", "ablation", "evaluate", "also", "rollouts", "bad_data"),
         "model": ("embedding_dim", "hidden_dims"),
         "losses": ("delta_weight", "delta_window", "delta_margin", "smooth_weight"),
         "optimisation": (

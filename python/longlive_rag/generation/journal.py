@@ -22,7 +22,7 @@ from torch import Tensor
 from longlive_rag import archive
 from longlive_rag.files import remove_leftovers, write_json
 from longlive_rag.generation.video import Segment, partial_path
-from longlive_rag.memory import Retrieval
+from longlive_rag.selection import Retrieval
 
 _SETTINGS = "settings.json"
 _BLOCK, _SEGMENT = "block", "segment"

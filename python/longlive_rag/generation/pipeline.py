@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import longlive_rag
-from longlive_rag.bank import frame_bytes
+from longlive_rag.bank import Usage
+from longlive_rag.budget import Budget, format_bytes
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.embedding import Embedding
 from longlive_rag.files import write_json
@@ -28,12 +29,11 @@ from longlive_rag.generation.wan_vae import StreamingDecoder
 from longlive_rag.memory import Retrieval
 from longlive_rag.models import CausalWanModel
 from longlive_rag.retrieval_log import draw_retrieval, recorded_retrieval, retrieval_entries
-from longlive_rag.selection import ReplaySelection, Selection, SimilaritySelection
+from longlive_rag.selection import ReplaySelection, SimilaritySelection
+from longlive_rag.tiers.pages import frame_bytes
 
 # Rows and columns of pixels per token, at least: the VAE's 8 times the patch of 2.
 _PIXELS_PER_TOKEN = 16
-# Of the GPU memory that is free once the weights are loaded; the rest is for activations, mostly the VAE's. Unmeasured.
-_SHARE_FOR_MEMORY = 0.7
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,16 @@ def video_journal(
     facts: dict[str, Any],
     settings: VideoSettings,
     replay: Sequence[dict[str, Any]] | None,
+    budget: Budget,
     device: torch.device,
 ) -> Journal:
-    """The journal of a video, not opened yet; the arguments are those of `Pipeline.generate`."""
+    """The journal of a video, not opened yet; the arguments are those of `Pipeline` and its `generate`."""
     digest = None if replay is None else hashlib.sha256(json.dumps(replay).encode()).hexdigest()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    # Frames that come back from below the device are not what they were.
+    changing = {"replay": digest, "page_bits": budget.bits, "rebuild": budget.rebuild}
     notes = {"version": longlive_rag.__version__, "torch": torch.__version__, "device": name}
-    return Journal(path, {**facts, **settings.flat(), "replay": digest}, notes)
+    return Journal(path, {**facts, **settings.flat(), **changing}, notes)
 
 
 class Pipeline:
@@ -116,8 +119,7 @@ class Pipeline:
         embedding: what memory is searched by.
         settings: of every video.
         low_memory: keep the VAE off the GPU while the transformer works.
-        device_frames: latent frames whose keys and values stay on the device; older ones wait in host memory. Default:
-            as many as fit.
+        budget: of keys and values, in bytes (see `RetrievalMemory`).
 
     Raises:
         ValueError: the parts do not fit together, or the device has no room for the context of a single block.
@@ -131,7 +133,7 @@ class Pipeline:
         settings: VideoSettings,
         *,
         low_memory: bool = False,
-        device_frames: int | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self.model, self.decoder, self.embedding, self.settings = model, decoder, embedding, settings
         self.low_memory = low_memory
@@ -146,7 +148,8 @@ class Pipeline:
         self.latent_size = (settings.height // factor, settings.width // factor)
         model.token_grid(*self.latent_size)
         self.latent_frames = settings.latent_frames(decoder.temporal_factor)
-        self.device_frames = device_frames or self._frames_that_fit()
+        self.budget = budget or Budget()
+        self._check_room()
         if low_memory:
             decoder.offload()
 
@@ -176,7 +179,7 @@ class Pipeline:
         *,
         replay: Sequence[dict[str, Any]] | None = None,
         overwrite: bool = False,
-    ) -> None:
+    ) -> Usage:
         """Make one video and, next to it, `<stem>.json` with what was retrieved and `<stem>.png`, a picture of that.
 
         The video gets its final name last, so if it is there, all three are complete. One that was interrupted stays as
@@ -191,18 +194,20 @@ class Pipeline:
             replay: what each block shall retrieve, the entry `retrieved` of a JSON file; default what is most similar.
             overwrite: begin anew if the video was begun with other settings.
 
+        Returns:
+            What the memory held in the end, and where.
+
         Raises:
             ValueError: the video was begun with other settings, or `replay` is of another video.
             OSError: a file cannot be written, because the disk is full for example.
         """
         settings, config = self.settings, self.settings.policy
-        journal = video_journal(path, facts, settings, replay, self.device)
+        journal = video_journal(path, facts, settings, replay, self.budget, self.device)
         if overwrite:
             journal.remove_others()
         journal.open()
-        selection: Selection = SimilaritySelection()
-        if replay is not None:
-            selection = ReplaySelection(recorded_retrieval(replay, config, self.latent_frames))
+        chosen = {} if replay is None else recorded_retrieval(replay, config, self.latent_frames)
+        chosen |= {block.block_start: (block.frames, block.similarity) for block in journal.retrieved}
         blocks = self.latent_frames // config.block_frames
         for remark in journal.remarks:
             print(remark)
@@ -251,10 +256,9 @@ class Pipeline:
                 config,
                 sampling=replace(settings.sampling, renoise=lambda _, shape: draw(shape)),
                 embedding=self.embedding,
-                selection=ReplaySelection(journal.retrieved, selection),
+                selection=ReplaySelection(chosen, SimilaritySelection()),
                 given=(journal.block(index).latents for index in range(journal.blocks)),
-                capacity=self.latent_frames,
-                device_frames=self.device_frames if self.device_frames < self.held_frames else None,
+                budget=self.budget,
             )
             for index, block in enumerate(tqdm(finished_blocks, desc=path.stem[:40], total=blocks, unit="block")):
                 made = None
@@ -266,6 +270,7 @@ class Pipeline:
                 writing = writers.submit(_finish_block, journal, writer, index, made, pictures.numpy())
                 if block.retrieval is not None:
                     retrieved.append(block.retrieval)
+                usage = block.usage
             if writing is not None:
                 writing.result()
             entries = retrieval_entries(retrieved)
@@ -285,6 +290,7 @@ class Pipeline:
                 seconds_per_frame = self.decoder.temporal_factor / settings.fps
                 draw_retrieval(entries, config, self.latent_frames, seconds_per_frame, path.with_suffix(".png"))
         journal.remove()
+        return usage
 
     def _decode_after(self, finished_pictures: int, block: FinishedBlock) -> Tensor:
         """Those pictures of the block that are not finished, uint8 [N, H, W, 3]; what the decoder must see before them
@@ -305,18 +311,20 @@ class Pipeline:
         self.decoder.offload()
         return pictures
 
-    def _frames_that_fit(self) -> int:
-        if self.device.type != "cuda":
-            return self.held_frames
-        free, _ = torch.cuda.mem_get_info(self.device)
-        fitting = int(free * _SHARE_FOR_MEMORY) // self.frame_bytes
-        if fitting < self.settings.policy.context_frames:
+    def _check_room(self) -> None:
+        if self.budget.device is not None:
+            room, name = self.budget.device, "budget.device"
+        elif self.device.type == "cuda":
+            room, name = torch.cuda.mem_get_info(self.device)[0], f"the free memory of {self.device}"
+        else:
+            return
+        context = self.settings.policy.context_frames
+        if room < context * self.frame_bytes:
             raise ValueError(
-                f"context_frames = {self.settings.policy.context_frames} takes {self.frame_bytes / 1e9:.2f} GB of keys "
-                f"and values for each frame, but {self.device} has {free / 1e9:.1f} GB free, of which "
-                f"{_SHARE_FOR_MEMORY:.0%} are for them; choose a smaller context or video size"
+                f"{name} must hold the keys and values of context_frames = {context} latent frames, "
+                f"{format_bytes(context * self.frame_bytes)} or {format_bytes(self.frame_bytes)} for each, got "
+                f"{format_bytes(room)}; choose a smaller context or video size"
             )
-        return min(fitting, self.held_frames)
 
 
 def _finish_block(

@@ -9,11 +9,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from longlive_rag.bank import Usage
+from longlive_rag.budget import Budget, format_bytes
 from longlive_rag.config import PAPER_STEPS, RetrievalConfig
 from longlive_rag.embedding import AveragePool, Embedding
 from longlive_rag.generation.sampling import PAPER_SAMPLING, FreshNoise, Renoise, Sampling, denoise
 from longlive_rag.memory import Retrieval, RetrievalMemory
 from longlive_rag.models import CausalWanModel
+from longlive_rag.models.causal_wan import Attention, Prompt
 from longlive_rag.selection import Selection
 
 Prompts = Tensor | Sequence[tuple[int, Tensor]]
@@ -31,6 +34,8 @@ class FinishedBlock:
     """[B, F, D]."""
     retrieval: Retrieval | None
     """What the block retrieved, if anything."""
+    usage: Usage
+    """What the memory holds, and where."""
 
 
 @dataclass
@@ -57,8 +62,7 @@ def stream(
     embedding: Embedding | None = None,
     selection: Selection | None = None,
     given: Tensor | Iterable[Tensor] | None = None,
-    capacity: int = 64,
-    device_frames: int | None = None,
+    budget: Budget | None = None,
 ) -> Iterator[FinishedBlock]:
     """Generate a video and yield each block as soon as it is finished.
 
@@ -72,11 +76,10 @@ def stream(
         selection: which frames come back; default the most similar ones.
         given: latents [B, n, C, H, W], whole blocks, that take the place of the first n frames; or these blocks one at
             a time.
-        capacity: latent frames to allocate up front; pass the length of the video if it is known.
-        device_frames: latent frames to keep on the device; older ones wait in host memory (see `RetrievalMemory`).
+        budget: of the memory, in bytes (see `RetrievalMemory`).
 
-    To go on with a video that was stopped, pass its finished latents as `given`, ``ReplaySelection(retrieved,
-    SimilaritySelection())`` with what its blocks retrieved, and a `Sampling.renoise` that counts on from the draws of
+    To go on with a video that was stopped, pass its finished latents as `given`, a `ReplaySelection` of what its blocks
+    retrieved, and a `Sampling.renoise` that counts on from the draws of
     these blocks, ``len(denoising_steps) - 1`` each: what follows is the same to the last bit. A given block costs one
     pass of the model; no noise is drawn for it, and only the shape of its entry in `noise` matters.
 
@@ -92,9 +95,8 @@ def stream(
         model,
         config=config,
         embedding=embedding or AveragePool(),
-        capacity=capacity,
         selection=selection,
-        device_frames=device_frames,
+        budget=budget,
     )
     return _blocks(model, noise, _schedule(prompt_embeds), sampling, given, open_memory)
 
@@ -106,24 +108,33 @@ def _blocks(
     schedule: list[tuple[int, Tensor]],
     sampling: Sampling,
     given: Tensor | Iterable[Tensor] | None,
-    open_memory: Callable[[Sequence[int]], RetrievalMemory],
+    open_memory: Callable[..., RetrievalMemory],
 ) -> Iterator[FinishedBlock]:
     fresh_noise = FreshNoise(sampling, model.patch_embedding.weight.device)
     memory: RetrievalMemory | None = None
+    # Prompts so far, by the first frame that they were for: what is rebuilt is rebuilt with its own.
+    prompts: list[tuple[int, Prompt]] = []
     given_blocks: Iterator[Tensor] = iter(())
     start = 0
+
+    def clean_pass(video: int, frames: range, latents: Tensor, attention: Attention) -> None:
+        prompt = next(prompt for first, prompt in reversed(prompts) if first <= frames.start)
+        of_video = [(k[video : video + 1], v[video : video + 1]) for k, v in prompt]
+        model(latents, _context_timestep(latents, sampling), of_video, attention)
+
     try:
         for block_noise in noise:
             _check_latents("noise", block_noise, model)
             block_noise = block_noise.contiguous()  # other strides would make a compiled model compile again
             batch, frames = block_noise.shape[:2]
             if memory is None:
-                memory = open_memory(block_noise.shape)
+                memory = open_memory(shape=block_noise.shape, clean_pass=clean_pass)
                 _check_given(given, block_noise, memory.config)
                 given_blocks = iter(given.split(frames, dim=1) if isinstance(given, Tensor) else given or ())
             while schedule and schedule[0][0] <= start:
-                prompt = model.prepare_prompt(_matching_prompt(schedule.pop(0)[1], batch, block_noise.device))
-            predict = partial(model, prompt=prompt, attention=memory)
+                embeds = _matching_prompt(schedule.pop(0)[1], batch, block_noise.device)
+                prompts.append((start, model.prepare_prompt(embeds)))
+            predict = partial(model, prompt=prompts[-1][1], attention=memory)
 
             memory.begin_block(start, frames)
             given_block = next(given_blocks, None)
@@ -137,14 +148,25 @@ def _blocks(
                 for step, clean in enumerate(denoise(predict, block_noise, sampling.timesteps, fresh_noise)):
                     if step == 0 and memory.config.query == "draft":
                         memory.ask(clean)
-            predict(clean, clean.new_full((batch, frames), sampling.context_noise, dtype=torch.float32))
+            predict(clean, _context_timestep(clean, sampling))
             embeddings = memory.commit(clean)
             last = memory.retrieved[-1] if memory.retrieved else None
-            yield FinishedBlock(start, clean, embeddings, last if last and last.block_start == start else None)
+            retrieval = last if last and last.block_start == start else None
+            yield FinishedBlock(start, clean, embeddings, retrieval, memory.usage())
             start += frames
+    except torch.OutOfMemoryError as error:
+        held = format_bytes(memory.usage().device.bytes) if memory is not None else "none"
+        raise torch.OutOfMemoryError(
+            f"{str(error).splitlines()[0]} Keys and values take {held} of the device: lower budget.device "
+            f"(--device-memory), so that more of them wait in host memory"
+        ) from error
     finally:
         if memory is not None:
             memory.close()
+
+
+def _context_timestep(latents: Tensor, sampling: Sampling) -> Tensor:
+    return latents.new_full(latents.shape[:2], sampling.context_noise, dtype=torch.float32)
 
 
 def rollout(
@@ -161,7 +183,7 @@ def rollout(
     seed: int = 0,
     selection: Selection | None = None,
     given: Tensor | None = None,
-    device_frames: int | None = None,
+    budget: Budget | None = None,
 ) -> RolloutResult:
     """Generate a whole video; see `stream`, and `Sampling` for the sampler's settings.
 
@@ -193,8 +215,7 @@ def rollout(
             embedding=embedding,
             selection=selection,
             given=given,
-            capacity=frames,
-            device_frames=device_frames,
+            budget=budget,
         ):
             blocks.append(block)
     except KeyboardInterrupt:

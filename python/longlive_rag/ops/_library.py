@@ -10,6 +10,7 @@ from torch import Tensor, bfloat16, float16, float32, float64
 from torch.library import Library
 
 from longlive_rag import native
+from longlive_rag.checking.trust import trusted
 
 LIBRARY = Library("longlive_rag", "DEF")
 
@@ -26,15 +27,18 @@ def define(
     fake: Callable[..., Any],
     kernel: Callable[..., Any],
     takes: Callable[..., bool],
+    checked_as: str | None = None,
 ) -> torch._ops.OpOverload:
     """Register an operation: the kernel where it runs and takes the arguments, else the reference.
 
     Args:
         schema: as `torch.library.Library.define` reads it; the first argument is a tensor on the operation's device.
-        reference: the definition of the operation, in PyTorch.
+        reference: the operation in PyTorch.
         fake: makes outputs of the right shape and dtype, without looking at data.
         kernel: launches the CUDA kernel; gets the extension before the arguments.
         takes: whether the kernel takes these arguments.
+        checked_as: name of `checking.variants` under which the kernel must have been found right on this machine; None:
+            `kernel` asks by itself.
 
     Returns:
         The operation, to be called with the schema's arguments by position.
@@ -44,6 +48,8 @@ def define(
     def kernel_or_reference(*arguments: Any) -> Any:
         extension = native.kernels_on(arguments[0].device)
         if extension is None or not takes(*arguments):
+            return reference(*arguments)
+        if checked_as is not None and not trusted(checked_as, arguments[0].device):
             return reference(*arguments)
         return kernel(extension, *arguments)
 

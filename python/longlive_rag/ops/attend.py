@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, float64, int32
 
-from longlive_rag.ops import _cuda
+from longlive_rag.ops import _choice, _cuda, _portable
 from longlive_rag.ops._library import FLOATING, Check, check_no_grad, define
 from longlive_rag.rotary import rotate_pairs
 
@@ -139,7 +139,7 @@ def _gather(
     return queries.flatten(2, 3), keys.flatten(2, 3), pages(v_pages).flatten(2, 3), mask
 
 
-def _reference(
+def definition(
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
@@ -148,18 +148,26 @@ def _reference(
     query_position: Tensor,
     frequencies: Tensor,
     scale: float,
-    lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    if not q.numel():
-        return _fake(q, lse)
+) -> Tensor:
     context = (k_pages, v_pages, slots, positions, query_position, frequencies)
     queries, keys, values, mask = _gather(q, *context)
     out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
-    out = out.masked_fill(~mask.any(dim=-1, keepdim=True), 0).transpose(1, 2).to(q.dtype).contiguous()
-    if not lse:
-        return out, None
+    return out.masked_fill(~mask.any(dim=-1, keepdim=True), 0).transpose(1, 2).to(q.dtype).contiguous()
+
+
+def _log_sum_exp(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    query_position: Tensor,
+    frequencies: Tensor,
+    scale: float,
+) -> Tensor:
+    queries, keys, _, mask = _gather(q, k_pages, v_pages, slots, positions, query_position, frequencies)
     scores = (queries @ keys.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
-    return out, scores.logsumexp(dim=-1).transpose(1, 2).float().contiguous()
+    return scores.logsumexp(dim=-1).transpose(1, 2).float().contiguous()
 
 
 def _fake(q: Tensor, *context: Any) -> tuple[Tensor, Tensor | None]:
@@ -172,11 +180,46 @@ def _takes(q: Tensor, *_: object) -> bool:
     return q.dtype in (torch.float16, torch.bfloat16) and q.shape[3] in (64, 128)
 
 
-def _kernel(extension: ModuleType, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+def _pytorch(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    """What runs where no kernel does: the definition, or the same in the tensors' own dtype, which is faster."""
     *inputs, lse = arguments
-    results = _fake(inputs[0], lse)
-    launch(extension, *results, *inputs)
-    return results
+    if not inputs[0].numel():
+        return _fake(inputs[0], lse)
+    attention = _portable.attend if _choice.attend_is_portable(inputs[0].dtype) else definition
+    return attention(*inputs), _log_sum_exp(*inputs) if lse else None
+
+
+def _kernel(extension: ModuleType, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+    q, k_pages, v_pages, slots, positions, query_position, frequencies, scale, lse = arguments
+
+    def runs() -> str:
+        sizes = _sizes(q, k_pages, slots, frequencies)
+        return extension.attend_kernel(sizes, extension.AttendOptions(), _cuda.queue(q.device)[0])
+
+    kernel = _choice.attend_kernel(q.device, runs)
+    if kernel is None:
+        return _pytorch(*arguments)
+    out, sums = _fake(q, lse)
+    launch(
+        extension,
+        out,
+        sums,
+        q,
+        k_pages,
+        v_pages,
+        slots,
+        positions,
+        query_position,
+        frequencies,
+        scale,
+        extension.AttendOptions(kernel=kernel),
+    )
+    return out, sums
+
+
+def _sizes(q: Tensor, k_pages: Tensor, slots: Tensor, frequencies: Tensor) -> tuple[Any, ...]:
+    """`AttendSizes` of csrc/bindings.cpp."""
+    return q.shape, k_pages.shape, slots.shape[1], frequencies.shape[0], _cuda.DTYPE_CODES[q.dtype]
 
 
 def launch(
@@ -204,7 +247,7 @@ def launch(
     slots, positions, query_position = slots.contiguous(), positions.contiguous(), query_position.contiguous()
     frequencies = frequencies.contiguous()
     q, k_pages, v_pages = _cuda.aligned(q), _cuda.aligned(k_pages), _cuda.aligned(v_pages)
-    sizes = (q.shape, k_pages.shape, slots.shape[1], frequencies.shape[0], _cuda.DTYPE_CODES[q.dtype])
+    sizes = _sizes(q, k_pages, slots, frequencies)
     device, stream = _cuda.queue(q.device)
     workspace = _cuda.workspace(extension.attend_workspace(sizes, options, device), q)
     extension.attend(
@@ -229,7 +272,7 @@ def launch(
 _attend = define(
     "attend(Tensor q, Tensor k_pages, Tensor v_pages, Tensor slots, Tensor positions, Tensor query_position, "
     "Tensor frequencies, float scale, bool lse) -> (Tensor, Tensor?)",
-    reference=_reference,
+    reference=_pytorch,
     fake=_fake,
     kernel=_kernel,
     takes=_takes,

@@ -150,7 +150,7 @@ def _kernel(
     k, v, q = _cuda.aligned(k, 3), _cuda.aligned(v, 3), None if q is None else _cuda.aligned(q, 3)
     k_weight = None if k_weight is None else k_weight.contiguous()
     q_weight = None if q_weight is None else q_weight.contiguous()
-    rotation, slots = _cuda.aligned(rotation.contiguous()), slots.contiguous()
+    rotation, slots = rotation.contiguous(), slots.contiguous()
     extension.insert(
         _rows(k, k_weight),
         _rows(v, None),
@@ -185,4 +185,5 @@ _insert = define(
     fake=_fake,
     kernel=_kernel,
     takes=_takes,
+    checked_as="insert",
 )

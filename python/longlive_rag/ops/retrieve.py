@@ -138,4 +138,5 @@ _retrieve = define(
     fake=_fake,
     kernel=_kernel,
     takes=_takes,
+    checked_as="retrieve",
 )

@@ -116,7 +116,6 @@ def generate(
         sampling=Sampling(DENOISING_STEPS, TIMESTEP_SHIFT, seed=seed),
         selection=policy.selection(walk, seed) if policy.selection else None,
         given=given,
-        capacity=len(walk.views),
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from longlive_rag.backbones.family import Attachment, CausalTransformer, Family
 from longlive_rag.backbones.follow import Follower, Kind
 from longlive_rag.backbones.forwards import GradientGuard
+from longlive_rag.config import RetrievalConfig
 
 PARTS = ("to_q", "to_k", "to_v", "to_out", "norm_q", "norm_k", "heads", "inner_dim", "processor")
 CACHED = frozenset({"kv_cache", "kv_cache_flag"})
@@ -32,6 +33,7 @@ class AnyFlow(Family):
     name = "AnyFlow FAR"
     looked_for = f"diffusers' {', '.join(PARTS)} and a processor that takes {' and '.join(sorted(CACHED))}"
     drafts = False
+    unstated = RetrievalConfig(positions="absolute")  # its own positions
     reads_cache = True
 
     def is_attention(self, module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from longlive_rag.backbones.own_context import Said
 from longlive_rag.backbones.wan import WanFamily
 
 
@@ -10,3 +11,6 @@ class CausVid(WanFamily):
 
     name = "CausVid"
     marks = frozenset({"current_end"})
+
+    def window(self, said: Said) -> int | None:
+        return self.whole_past

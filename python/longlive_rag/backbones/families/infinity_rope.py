@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from longlive_rag.backbones.family import CausalTransformer
 from longlive_rag.backbones.follow import Follower
+from longlive_rag.backbones.own_context import Said
 from longlive_rag.backbones.wan import WanFamily
 from longlive_rag.backbones.wan_attention import Arguments
-from longlive_rag.config import RetrievalConfig
+from longlive_rag.config import Positions, RetrievalConfig
 from longlive_rag.context import ContextPlan
 
 KEPT_FRAMES = 2
@@ -46,7 +48,10 @@ class InfinityRoPE(WanFamily):
     name = "Infinity-RoPE"
     marks = frozenset({"timestep"})
 
-    def new_state(self) -> Scenes:
+    def positions(self, said: Said, transformer: CausalTransformer) -> Positions:
+        return "relative"
+
+    def new_state(self, said: Said) -> Scenes:
         return Scenes()
 
     def start_pass(

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from longlive_rag.backbones.family import CausalTransformer
 from longlive_rag.backbones.follow import Follower
+from longlive_rag.backbones.own_context import Said
 from longlive_rag.backbones.wan import WanFamily
 from longlive_rag.backbones.wan_attention import Arguments
+from longlive_rag.config import Positions
 
 
 @dataclass
@@ -31,7 +34,13 @@ class Krea(WanFamily):
     has_clean_pass = False
     reads_cache = True
 
-    def new_state(self) -> Refill:
+    def sink(self, said: Said) -> int:
+        return 1  # the first frame of the video comes first in every cache that is filled
+
+    def positions(self, said: Said, transformer: CausalTransformer) -> Positions:
+        return "relative"
+
+    def new_state(self, said: Said) -> Refill:
         return Refill()
 
     def recomputes(

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from longlive_rag.backbones.families.longlive import LongLive
+from longlive_rag.backbones.family import CausalTransformer
 from longlive_rag.backbones.follow import Follower
+from longlive_rag.backbones.own_context import OwnContext, Said
 from longlive_rag.backbones.wan_attention import Arguments
-from longlive_rag.config import RetrievalConfig
+from longlive_rag.config import Positions, RetrievalConfig
 from longlive_rag.context import UNUSED, ContextPlan
 
 
@@ -36,7 +38,19 @@ class LongLive2(LongLive):
     name = "LongLive 2"
     marks = frozenset({"t_scale", "use_relative_rope", "method", "original_seq_len", "temporal_offset"})
 
-    def new_state(self) -> Shots:
+    whole_past = 32
+
+    def positions(self, said: Said, transformer: CausalTransformer) -> Positions:
+        return "relative" if said.flag("use_relative_rope") else "absolute"
+
+    def memory_positions(self, own: Positions) -> Positions:
+        # Shots stand apart in absolute time, which relative positions would close up.
+        return own
+
+    def switch_frames(self, config: RetrievalConfig, own: OwnContext | None) -> int | None:
+        return None  # prompts change from chunk to chunk, and nothing passes again
+
+    def new_state(self, said: Said) -> Shots:
         return Shots()
 
     def start_pass(

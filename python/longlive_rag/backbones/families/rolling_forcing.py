@@ -9,9 +9,14 @@ from torch import Tensor
 
 from longlive_rag.backbones.family import CausalTransformer
 from longlive_rag.backbones.follow import Follower
+from longlive_rag.backbones.own_context import Said
 from longlive_rag.backbones.wan import WanFamily
 from longlive_rag.backbones.wan_attention import Arguments
+from longlive_rag.config import Positions
 from longlive_rag.context import ContextPlan
+
+PUBLISHED_STEPS = 5
+"""Denoising steps, where only the pipeline could say."""
 
 
 class RollingForcing(WanFamily):
@@ -24,7 +29,20 @@ class RollingForcing(WanFamily):
     def longest_pass(self, model: Any, transformer: CausalTransformer) -> int | None:
         # The window holds one block at each noise level.
         block, steps = super().longest_pass(model, transformer), getattr(model, "denoising_step_list", None)
-        return block * len(steps) if block is not None and isinstance(steps, Sized) else block
+        if block is None:
+            return None
+        return block * (len(steps) if isinstance(steps, Sized) else PUBLISHED_STEPS)
+
+    def window(self, said: Said) -> int | None:
+        attended, tokens = said.integer("max_attention_size"), said.integer("frame_length")
+        return attended // tokens if attended and tokens else None
+
+    def sink(self, said: Said) -> int:
+        block, tokens = said.integer("block_length"), said.integer("frame_length")
+        return block // tokens if block and tokens else 0
+
+    def positions(self, said: Said, transformer: CausalTransformer) -> Positions:
+        return "relative"
 
     def start_pass(
         self, follower: Follower[Any], start: int, frames: int, latents: Tensor, arguments: Arguments

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import weakref
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from longlive_rag.backbones.find import holds_cached_attention
-from longlive_rag.backbones.patching import Patched, patch
+from longlive_rag.backbones.patching import Patched, config_for, patch
 from longlive_rag.backbones.run.settings import Settings
 from longlive_rag.files import atomic_path
 from longlive_rag.retrieval_log import retrieval_entries
@@ -39,11 +40,13 @@ def watch() -> None:
 
 def _patch(module: nn.Module, settings: Settings) -> None:
     try:
+        policy = settings.policy
+        own = config_for(module, "native" if policy.native else "memory", policy.context_frames)
         patched = patch(
             module,
-            settings.config,
+            policy.applied_to(own),
             embedding=settings.embedding,
-            device_frames=settings.device_frames,
+            budget=settings.budget,
             release_cache=not settings.keep_cache,
         )
     except (TypeError, ValueError, OSError) as error:
@@ -61,6 +64,7 @@ def _report(patched: Patched, path: Path) -> None:
     ]
     content = {
         "family": patched.family,
+        "config": asdict(patched.config),
         "used": patched.used,
         "released_bytes": patched.released_bytes,
         "videos": videos,

@@ -1,0 +1,184 @@
+"""What lies below the device: records in host memory, and from there on disk."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Set
+
+import torch
+from torch import Tensor
+
+from longlive_rag.budget import Budget
+from longlive_rag.tiers import Entry
+from longlive_rag.tiers.disk import DiskTier
+from longlive_rag.tiers.host import HostTier
+from longlive_rag.tiers.pages import Pages
+from longlive_rag.tiers.transfer import Copy, Transfer
+
+# Records in host memory that pages go through on their way to the disk, whatever the budget: one is written while
+# another one arrives.
+_PASSING = 2
+
+
+class Below:
+    """Copies of pages in host memory and on disk; what was written stays valid until it is dropped.
+
+    Args:
+        pages: of the device.
+        budget: of host memory and disk.
+    """
+
+    def __init__(self, pages: Pages, budget: Budget) -> None:
+        size, pinned = pages.record_bytes, pages.device.type == "cuda"
+        self.host = HostTier(size, budget.host_bytes, least=_PASSING if budget.disk >= size else 0, pinned=pinned)
+        self.disk = DiskTier(size, budget.disk, budget.folder) if budget.disk >= size else None
+        self._record_bytes = size
+        # Frames go from the disk to the device through this one.
+        self._staging = HostTier(size, 0, least=1, pinned=pinned)
+        self._staged: Tensor | None = None
+
+    def __contains__(self, entry: Entry) -> bool:
+        return entry in self.host.records or (self.disk is not None and entry in self.disk.places)
+
+    def __bool__(self) -> bool:
+        """Whether there is room for any frame."""
+        return bool(self.host.records or self.host.free or self.disk)
+
+    @property
+    def host_bytes(self) -> int:
+        """Of host memory, allocated."""
+        return self.host.bytes + self._staging.bytes
+
+    def record(self, resident: Set[Entry], transfer: Transfer, rebuild: bool) -> Tensor | None:
+        """A record in host memory to copy a page to; None if a frame would have to be forgotten for that.
+
+        Args:
+            resident: frames on the device whose copies may go first.
+            rebuild: whether frames may lie nowhere, since they can be rebuilt.
+        """
+        while True:
+            record = self.host.take()
+            if record is not None or not self._free_record(resident, transfer, rebuild):
+                return record
+
+    def bring(self, entries: list[Entry], slots: Mapping[Entry, int], transfer: Transfer, rebuild: bool) -> list[Entry]:
+        """Copy frames to their slots; returns those that must be rebuilt.
+
+        Raises:
+            OSError: the file does not hold a frame as it was written, and it cannot be rebuilt.
+        """
+        copies, lost = [], []
+        for entry in entries:
+            record = self.host.records.get(entry)
+            if record is not None:
+                self.host.records.move_to_end(entry)
+                copies.append(Copy(*entry, slots[entry], record))
+            elif entry not in self or not self._bring_from_disk(entry, slots[entry], transfer, rebuild):
+                lost.append(entry)
+        transfer.bring(copies)
+        return lost
+
+    def read(self, entry: Entry) -> Tensor:
+        """The record of a frame that is here, in host memory.
+
+        Raises:
+            OSError: the file does not hold the frame as it was written.
+        """
+        record = self.host.records.get(entry)
+        if record is None:
+            assert self.disk is not None
+            record = torch.empty(self._record_bytes, dtype=torch.uint8)
+            self.disk.load(entry, record)
+        return record
+
+    def write_ahead(self, count: int, transfer: Transfer, rebuild: bool) -> None:
+        """Begin to write records to disk, so that the next block finds room for `count` pages."""
+        if self.disk is None:
+            return
+        waiting = [entry for entry in self.host.records if entry not in self.disk.places]
+        short = count - self.host.free - (len(self.host.records) - len(waiting))
+        for entry in waiting[: max(0, short)]:
+            if not self._room_on_disk(rebuild):
+                break
+            self.disk.store(entry, self.host.records[entry], transfer.sent())
+
+    def settle(self) -> None:
+        """Wait until what `write_ahead` began is written; what could not be stays in host memory."""
+        if self.disk is not None:
+            self.disk.settle()
+
+    def drop(self, entry: Entry) -> None:
+        """Forget the copies of a frame."""
+        if self.disk is not None:
+            self.disk.drop(entry)
+        self.host.drop(entry)
+
+    def close(self) -> None:
+        """Free host memory and the file."""
+        if self.disk is not None:
+            self.disk.close()
+        self.host.close()
+        self._staging.close()
+        self._staged = None
+
+    def _free_record(self, resident: Set[Entry], transfer: Transfer, rebuild: bool) -> bool:
+        """Have one record fewer in host memory, without losing a frame."""
+        records = self.host.records
+        if self._demote(transfer, replace=False):
+            return True
+        # A second copy of what stays on the device, the most recently used first.
+        twice = (entry for entry in reversed(records) if entry in resident and entry not in transfer.coming)
+        dropped = next(twice, None)
+        if dropped is None and rebuild:
+            if self._demote(transfer, replace=True):
+                return True
+            dropped = next(iter(records), None)
+        if dropped is not None:
+            self._reuse(dropped, transfer)
+        return dropped is not None
+
+    def _demote(self, transfer: Transfer, replace: bool) -> bool:
+        """Have one record fewer in host memory, since it is on disk; `replace`: even if another one there must go."""
+        if self.disk is None or not self.host.records:
+            return False
+        self.disk.settle()
+        written = next((entry for entry in self.host.records if entry in self.disk.places), None)
+        if written is None:
+            if not self._room_on_disk(replace):
+                return False
+            written = next(iter(self.host.records))
+            self.disk.store(written, self.host.records[written], transfer.sent())
+            if self.disk.settle():
+                return False
+        self._reuse(written, transfer)
+        return True
+
+    def _reuse(self, entry: Entry, transfer: Transfer) -> None:
+        """Give a record up for another frame."""
+        if entry in transfer.coming:
+            transfer.finish()
+        self.host.drop(entry)
+
+    def _room_on_disk(self, rebuild: bool) -> bool:
+        assert self.disk is not None
+        if self.disk.full and rebuild and self.disk.places:
+            self.disk.drop(next(iter(self.disk.places)))
+        return not self.disk.full
+
+    def _bring_from_disk(self, entry: Entry, slot: int, transfer: Transfer, rebuild: bool) -> bool:
+        assert self.disk is not None
+        if self._staged is None:
+            self._staged = self._staging.take()
+            if self._staged is None:
+                raise MemoryError("the system refuses the host memory that frames need on their way from the disk")
+        transfer.drain()
+        try:
+            self.disk.load(entry, self._staged)
+        except OSError as error:
+            if not rebuild:
+                raise
+            warnings.warn(f"{error}; the frame is rebuilt", stacklevel=2)
+            self.disk.drop(entry)
+            return False
+        transfer.bring([Copy(*entry, slot, self._staged)])
+        return True
