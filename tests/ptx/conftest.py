@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -17,3 +17,13 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setenv("SIMT_ORDER", request.param)
     with emulated.backend(execute.build(request.module.SOURCE)):
         yield torch.device("cpu")
+
+
+@pytest.fixture
+def assert_same() -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """As in tests/ops: our kernels add up in an order that depends neither on the batch nor on unused entries."""
+
+    def compare(got: torch.Tensor, expected: torch.Tensor) -> None:
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+    return compare

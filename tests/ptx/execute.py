@@ -33,6 +33,7 @@ ARCHITECTURES = {
     "cuda/insert.cu": "compute_80",
     "cuda/retrieve.cu": "compute_80",
     "cuda/attend.cu": "compute_80",
+    "cuda/pack.cu": "compute_80",
     "cuda/attend_sm90.cu": "compute_90a",
 }
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror"]

@@ -16,6 +16,7 @@ inline unsigned tid_x() { return threadIdx.x; }
 inline unsigned ntid_x() { return blockDim.x; }
 inline unsigned ctaid_x() { return blockIdx.x; }
 inline unsigned ctaid_y() { return blockIdx.y; }
+inline unsigned ctaid_z() { return blockIdx.z; }
 inline unsigned nctaid_x() { return gridDim.x; }
 inline unsigned lane() { return simt::block->current % 32; }
 

@@ -94,6 +94,8 @@ PTX_2(and_b32, uint32_t, uint32_t, a& b)
 PTX_2(and_b64, uint64_t, uint64_t, a& b)
 PTX_2(or_b32, uint32_t, uint32_t, a | b)
 PTX_2(or_b64, uint64_t, uint64_t, a | b)
+PTX_2(and_b16, uint16_t, uint16_t, a& b)
+PTX_2(or_b16, uint16_t, uint16_t, a | b)
 PTX_2(xor_b32, uint32_t, uint32_t, a ^ b)
 PTX_2(xor_b64, uint64_t, uint64_t, a ^ b)
 PTX_1(not_b32, uint32_t, uint32_t, ~a)
@@ -115,6 +117,9 @@ inline void div_u32(uint32_t& d, uint32_t a, uint32_t b) { d = a / divisor<uint3
 inline void rem_u32(uint32_t& d, uint32_t a, uint32_t b) { d = a % divisor<uint32_t>(b); }
 
 // A shift by more than the width is one by the width.
+inline void shl_b16(uint16_t& d, uint16_t a, uint32_t b) {
+  d = b > 15 ? uint16_t{0} : static_cast<uint16_t>(a << b);
+}
 inline void shl_b32(uint32_t& d, uint32_t a, uint32_t b) { d = b > 31 ? 0 : a << b; }
 inline void shl_b64(uint64_t& d, uint64_t a, uint32_t b) { d = b > 63 ? 0 : a << b; }
 inline void shr_u32(uint32_t& d, uint32_t a, uint32_t b) { d = b > 31 ? 0 : a >> b; }
@@ -137,6 +142,17 @@ inline void bfi_b32(uint32_t& d, uint32_t a, uint32_t b, uint32_t c, uint32_t e)
 }
 inline void bfi_b64(uint64_t& d, uint64_t a, uint64_t b, uint32_t c, uint32_t e) {
   d = insert_bits(a, b, c, e);
+}
+
+// Each hexadecimal digit of `selection` chooses a byte of a (0 to 3) or b (4 to 7); with 8 added, its sign.
+inline void prmt_b32(uint32_t& d, uint32_t a, uint32_t b, uint32_t selection) {
+  const uint64_t bytes = a | uint64_t(b) << 32;
+  uint32_t result = 0;
+  for (unsigned i = 0; i < 4; ++i) {
+    const uint32_t digit = selection >> 4 * i & 15, byte = bytes >> 8 * (digit & 7) & 0xff;
+    result |= (digit < 8 ? byte : byte >> 7 ? 0xff : 0) << 8 * i;
+  }
+  d = result;
 }
 
 // ---- Floating point: round to nearest even, subnormal numbers kept unless .ftz ----
@@ -218,6 +234,10 @@ PTX_SETP_F32(le, leu, <=)
 PTX_SETP_F32(gt, gtu, >)
 PTX_SETP_F32(ge, geu, >=)
 
+inline void setp_nan_f32(bool& p, uint32_t x, uint32_t y) {
+  p = std::isnan(see<float>(x)) || std::isnan(see<float>(y));
+}
+
 #define PTX_SELP(KIND, T) \
   inline void selp_##KIND(T& d, T a, T b, bool c) { d = c ? a : b; }
 PTX_SELP(u16, uint16_t)
@@ -261,6 +281,9 @@ inline int32_t saturate(float a) {
 }
 PTX_1(cvt_u64_u32, uint64_t, uint32_t, a)
 PTX_1(cvt_s64_s32, int64_t, int32_t, a)
+PTX_1(cvt_u32_u16, uint32_t, uint16_t, a)
+PTX_1(cvt_u16_u32, uint16_t, uint32_t, a)
+PTX_1(cvt_s32_s8, int32_t, uint32_t, static_cast<int8_t>(a))
 PTX_1(cvt_u32_u64, uint32_t, uint64_t, a)
 PTX_1(cvt_rn_f32_s32, float, int32_t, a)
 PTX_1(cvt_rn_f64_s32, double, int32_t, a)
@@ -269,6 +292,7 @@ PTX_1(cvt_rni_f32_f32, float, float, std::nearbyint(a))
 PTX_1(cvt_rni_f64_f64, double, double, std::nearbyint(a))
 PTX_1(cvt_rzi_f32_f32, float, float, std::trunc(a))
 PTX_1(cvt_rzi_s32_f32, int32_t, float, saturate(a))
+PTX_1(cvt_rni_s32_f32, int32_t, float, saturate(std::nearbyint(a)))
 inline void cvt_f32_f16(uint32_t& d, uint16_t a) { d = bits(F16::widen(a)); }
 inline void cvt_f32_bf16(uint32_t& d, uint16_t a) { d = bits(BF16::widen(a)); }
 inline void cvt_rn_f16_f32(uint16_t& d, uint32_t a) { d = F16::round(see<float>(a)); }

@@ -19,7 +19,7 @@ POISON = {"bool": "false", "uint16_t": "0xffff", "uint32_t": "~0u", "uint64_t": 
 CACHE_OPERATORS = {"nc", "cg", "ca", "cs", "lu", "cv"}
 PURE = {
     *["mov", "selp", "setp", "add", "sub", "mul", "mad", "fma", "min", "max", "shl", "shr", "and", "or", "xor", "not"],
-    *["abs", "neg", "cvt", "ex2", "lg2", "rcp", "rsqrt", "sqrt", "bfi", "popc"],
+    *["abs", "neg", "cvt", "ex2", "lg2", "rcp", "rsqrt", "sqrt", "bfi", "popc", "prmt"],
 }
 """Instructions that can neither fault nor wait; before all others the line is noted, for the report of a fault and to
 see that the kernel ends."""

@@ -1,4 +1,4 @@
-// In place of csrc/cuda/platform.cuh where the launchers are compiled for translated PTX: `launch` calls the
+// In place of csrc/core/platform.cuh where the launchers are compiled for translated PTX: `launch` calls the
 // kernel that was made from PTX. Its symbol is that of the C++ kernel, whose own definition is weak here and
 // thrown away.
 #pragma once
