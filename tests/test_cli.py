@@ -265,7 +265,10 @@ def test_every_listed_command_can_be_imported() -> None:
         assert options.__doc__, f"{name} has no help"
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["genrate"], ["info", "--help"], ["demo", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--help"], ["genrate"], *([name, "--help"] for name in ("info", "demo", "generate", "corpus", "train"))],
+)
 def test_help_does_not_wait_for_torch(arguments: list[str]) -> None:
     probe = f"""
 import sys

@@ -213,6 +213,35 @@ class FrameBank:
         """Frames that are held, wherever they lie."""
         return sorted({frame for _, frame in [*self._slots, *self._away]})
 
+    @property
+    def pages(self) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Dtype and shape [layers, keys and values, heads, tokens, head_dim] of what `read` returns."""
+        return self._pages.dtype, self._pages.shape
+
+    def entries(self) -> list[Entry]:
+        """Every frame of every video that is held, wherever it lies."""
+        return sorted({*self._slots, *self._away})
+
+    def read(self, entry: Entry) -> Tensor:
+        """A copy of a frame's pages in host memory. OSError: the file on disk does not hold it as it was written."""
+        if entry in self._slots:
+            pools = zip(self.k_pages, self.v_pages, strict=True)
+            pages = torch.stack([pool[self._slots[entry]] for halves in pools for pool in halves])
+            return pages.view(self._pages.shape).cpu()
+        self.transfer.drain()
+        return self._pages.unpacked(self._below.read(entry))
+
+    def write(self, entry: Entry, pages: Tensor) -> None:
+        """Hold a frame that was read elsewhere; raises what `reserve` does."""
+        self.transfer.finish()
+        self._below.settle()
+        self._own = {entry}
+        self._make_resident({entry})
+        self._own = set()
+        for layer, halves in enumerate(pages):
+            for pools, half in zip((self.k_pages, self.v_pages), halves, strict=True):
+                pools[layer][self._slots[entry]].copy_(half)
+
     def clear(self) -> None:
         """Forget all frames; the memory is kept."""
         self.transfer.finish()

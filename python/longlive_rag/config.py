@@ -8,6 +8,9 @@ from typing import Any, Literal, get_args
 Positions = Literal["relative", "absolute"]
 Query = Literal["latest", "draft"]
 
+PAPER_STEPS = (1000, 750, 500, 250)
+"""Denoising timesteps before the shift, as in the paper (arXiv 2606.02553)."""
+
 
 @dataclass(frozen=True)
 class RetrievalConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import pickle
@@ -21,7 +22,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path in the same folder, which is renamed to `path` when the block ends without an exception.
 
     The temporary name keeps the suffix, since some writers choose the format by it. After an exception the temporary
-    file is removed and an earlier file at `path` is left alone.
+    file is removed and an earlier file at `path` is left alone; if the process is killed, `remove_leftovers` finds it.
+    The content is on the disk before it gets its name, so that not even a power cut leaves half a file.
 
     Raises:
         OSError: `path` is a folder, or its folder is missing or cannot be written to; raised before the block runs.
@@ -31,9 +33,26 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     partial = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     try:
         yield partial
+        _sync(partial)
         os.replace(partial, path)
+        _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left of `atomic_path(path)`."""
+    for leftover in path.parent.glob(f".{glob.escape(path.stem)}.{'[0-9a-f]' * 8}{glob.escape(path.suffix)}"):
+        leftover.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:

@@ -31,6 +31,20 @@ class LatentIndex:
             raise ValueError("the index is empty: no block has been committed yet")
         return self._keys[:, : self.count]
 
+    @property
+    def inverse_norms(self) -> Tensor:
+        """Inverse norms of the embeddings, float32 [B, count], a view."""
+        if self._inverse_norms is None:
+            raise ValueError("the index is empty: no block has been committed yet")
+        return self._inverse_norms[:, : self.count]
+
+    def restore(self, embeddings: Tensor, inverse_norms: Tensor) -> None:
+        """Hold these embeddings [B, N, D] and inverse norms [B, N], NaN for forgotten frames, of a saved index."""
+        self.clear()
+        self.put(0, embeddings)
+        self.inverse_norms.copy_(inverse_norms)
+        self.forgotten = {(video, frame) for video, frame in inverse_norms.isnan().nonzero().tolist()}
+
     def put(self, start: int, embeddings: Tensor) -> None:
         """Store the embeddings [B, F, D] of frames ``start ..``: append them, or replace those of a recomputed block.
 

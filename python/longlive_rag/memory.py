@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from longlive_rag import ops, rotary
+from longlive_rag import archive, ops, rotary
 from longlive_rag.attention import PagedAttention
 from longlive_rag.bank import FrameBank, Usage
 from longlive_rag.budget import Budget, format_bytes
@@ -17,6 +16,7 @@ from longlive_rag.config import RetrievalConfig
 from longlive_rag.context import ContextPlan
 from longlive_rag.embedding import Embedding
 from longlive_rag.index import LatentIndex
+from longlive_rag.models.sizes import TransformerSizes
 from longlive_rag.selection import Request, Retrieval, Selection, SimilaritySelection
 from longlive_rag.tables import Tables, uploadable
 from longlive_rag.tiers.forgetting import Forgetting
@@ -24,22 +24,6 @@ from longlive_rag.tiers.latents import CleanPass, LatentTier
 from longlive_rag.tiers.pages import frame_bytes
 
 _NO_BLOCK = "no block has begun: call begin_block(start, frames) first"
-
-
-class TransformerSizes(Protocol):
-    """What a transformer says of itself, as `CausalWanModel` does, so that a memory can be made for it."""
-
-    num_layers: int
-    num_heads: int
-    head_dim: int
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Its weights; the first one has the device and dtype of the keys."""
-        ...
-
-    def token_grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of tokens of a latent frame of this size."""
-        ...
 
 
 class RetrievalMemory:
@@ -89,7 +73,7 @@ class RetrievalMemory:
         clean_pass: CleanPass | None = None,
     ) -> None:
         budget = budget or Budget()
-        self.config, self.batch, self.embedding = config, batch, embedding
+        self.config, self.batch, self.grid, self.embedding = config, batch, grid, embedding
         self.device = torch.device(device)
         self._cuda = self.device.type == "cuda"
         self.selection = selection or SimilaritySelection()
@@ -175,6 +159,9 @@ class RetrievalMemory:
             budget=budget,
             clean_pass=clean_pass,
         )
+
+    save = archive.save_memory
+    load = classmethod(archive.load_memory)
 
     @property
     def committed(self) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 
 from longlive_rag import figures
 from longlive_rag.config import RetrievalConfig
+from longlive_rag.context import ContextPlan
 from longlive_rag.memory import Retrieval
 
 
@@ -17,6 +18,45 @@ def retrieval_entries(retrieved: Sequence[Retrieval], video: int = 0) -> list[di
         {"start": block.block_start, "frames": block.frames[video], "similarity": block.similarity[video]}
         for block in retrieved
     ]
+
+
+Record = dict[int, tuple[list[list[int]], list[list[float]]]]
+"""By first frame of the block, the frames that each video retrieved and their similarity (see `ReplaySelection`)."""
+
+
+def recorded_retrieval(entries: Sequence[dict[str, Any]], config: RetrievalConfig, latent_frames: int) -> Record:
+    """The reverse of `retrieval_entries`, for one video.
+
+    Args:
+        entries: of a video's JSON file.
+        config: the policy that the video was made with.
+        latent_frames: length of the video.
+
+    Raises:
+        ValueError: they are not what `retrieval_entries` makes of such a video.
+    """
+    record: Record = {}
+    for entry in entries:
+        try:
+            start = int(entry["start"])
+            frames, similarity = (
+                [int(frame) for frame in entry["frames"]],
+                [float(each) for each in entry["similarity"]],
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"an entry of retrieved must have start, frames and similarity, got {entry!r}") from error
+        candidates = ContextPlan(config, start, config.block_frames).candidates
+        if not set(frames) <= set(candidates) or not len(similarity) == len(frames) <= config.memory_frames:
+            raise ValueError(
+                f"the block at latent frame {start} may retrieve {config.memory_frames} of the frames "
+                f"{candidates.start} to {candidates.stop - 1}, each with its similarity, got {entry!r}"
+            )
+        record[start] = [frames], [similarity]
+    blocks = range(0, latent_frames, config.block_frames)
+    expected = [start for start in blocks if ContextPlan(config, start, config.block_frames).candidates]
+    if list(record) != expected:
+        raise ValueError(f"retrieved must have an entry for each block that may retrieve, at latent frames {expected}")
+    return record
 
 
 def draw_retrieval(

@@ -14,6 +14,7 @@ from PIL import Image
 from longlive_rag.cli import main
 from longlive_rag.generation.video import VideoWriter
 from longlive_rag.models import CausalWanModel
+from support.stopped_videos import contents
 from support.tiny_wan import save_diffusers_folder, save_original_folder
 from support.video_files import read_video
 
@@ -160,9 +161,11 @@ def test_prompt_file_resumes_and_ranks_share_it(generate, tmp_path, capsys, monk
     assert json.loads((videos / "0002-a-guitar.json").read_text())["retrieved"] == []
 
 
-def test_interrupted_video_is_kept_and_made_again(generate, tmp_path, monkeypatch):
+def test_interrupted_video_is_kept_and_gone_on_with(generate, tmp_path, capsys, monkeypatch):
     from longlive_rag.generation.wan_vae import StreamingDecoder
 
+    plain, cat = tmp_path / "plain", ["--prompt", "a cat"]
+    assert generate(*cat, output="plain") == 0
     decode, blocks = StreamingDecoder.decode, []
 
     def interrupted(self, latents):
@@ -172,13 +175,64 @@ def test_interrupted_video_is_kept_and_made_again(generate, tmp_path, monkeypatc
         return decode(self, latents)
 
     monkeypatch.setattr(StreamingDecoder, "decode", interrupted)
-    assert generate("--prompt", "a cat") == 130
+    assert generate(*cat) == 130
     videos = tmp_path / "videos"
-    assert [entry.name for entry in videos.iterdir()] == ["0000-a-cat.partial.mp4"]
+    capsys.readouterr()
+    assert {entry.name for entry in videos.iterdir()} == {"0000-a-cat.partial.mp4", ".0000-a-cat.journal"}
     assert len(read_video(videos / "0000-a-cat.partial.mp4")[0]) == 4 * 6 - 3
     monkeypatch.undo()
-    assert generate("--prompt", "a cat") == 0
-    assert sorted(entry.suffix for entry in videos.iterdir()) == [".json", ".mp4"]
+    error = refusal(capsys, generate(*cat, "--seed", "1"))
+    assert "0000-a-cat.mp4 was begun with other settings (seed 0, now 1)" in error
+    assert generate(*cat) == 0
+    assert "0000-a-cat.mp4 goes on after 2 of 3 blocks, at 5.2 s" in capsys.readouterr().out
+    assert contents(videos) == contents(plain)
+    assert set(contents(videos)) == {"0000-a-cat.mp4", "0000-a-cat.json"}
+
+
+def test_what_was_left_beside_a_finished_video_is_removed(generate, tmp_path):
+    cat, videos = ["--prompt", "a cat"], tmp_path / "videos"
+    assert generate(*cat, length=ONE_BLOCK) == 0
+    finished = contents(videos)
+    journal = videos / ".0000-a-cat.journal"
+    journal.mkdir()
+    (journal / "block-00000000.safetensors").write_bytes(b"half removed")
+    (videos / "0000-a-cat.partial.mp4").write_bytes(b"")
+    (videos / ".0000-a-cat.0123abcd.mp4").write_bytes(b"")
+    assert generate(*cat, length=ONE_BLOCK) == 0
+    assert contents(videos) == finished
+
+
+def test_a_log_is_replayed_bit_by_bit(generate, tmp_path, capsys, monkeypatch):
+    from longlive_rag.selection import SimilaritySelection
+
+    cat = ["--prompt", "a cat"]
+    assert generate(*cat, length=LONG, output="first") == 0
+    log = tmp_path / "first" / "0000-a-cat.json"
+    monkeypatch.setattr(SimilaritySelection, "select", None)  # nothing is searched
+    assert generate(*cat, "--replay", str(log), length=LONG, output="again") == 0
+    assert contents(tmp_path / "again") == contents(tmp_path / "first")
+
+    capsys.readouterr()
+    other = json.loads(log.read_text())
+    other["retrieved"][0]["frames"] = [2]  # instead of 1, the only candidate
+    changed = tmp_path / "changed.json"
+    changed.write_text(json.dumps(other))
+    error = refusal(capsys, generate(*cat, "--replay", str(changed), length=LONG, output="other"))
+    assert "block at latent frame 18 may retrieve 6 of the frames 1 to 1, each with its similarity, got" in error
+    error = refusal(capsys, generate(*cat, "--replay", str(log), "--seed", "1", output="other", length=LONG))
+    assert "first/0000-a-cat.json is of a video with other settings (seed 0, now 1)" in error
+    error = refusal(capsys, generate("--prompt", "a dog", "--replay", str(log), output="other", length=LONG))
+    assert "(prompt 'a cat', now 'a dog')" in error
+    changed.write_text("[]")
+    assert "must be the JSON file beside a video" in refusal(capsys, generate(*cat, "--replay", str(changed)))
+    other["retrieved"] = [{"start": 18}]
+    changed.write_text(json.dumps(other))
+    error = refusal(capsys, generate(*cat, "--replay", str(changed), length=LONG, output="other2"))
+    assert "must have start, frames and similarity" in error
+    other["retrieved"] = []
+    changed.write_text(json.dumps(other))
+    error = refusal(capsys, generate(*cat, "--replay", str(changed), length=LONG, output="other2"))
+    assert "an entry for each block that may retrieve, at latent frames [18, 21, 24, 27, 30]" in error
 
 
 def refusal(capsys, status):

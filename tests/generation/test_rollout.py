@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 
 from longlive_rag import RetrievalConfig, rollout, stream
-from longlive_rag.generation.sampling import PAPER_STEPS, Sampling, denoise, warp_steps
+from longlive_rag.config import PAPER_STEPS
+from longlive_rag.generation.sampling import Renoise, Sampling, denoise, warp_steps
 from longlive_rag.models import CausalWanModel
+from longlive_rag.selection import ReplaySelection
 
 CONFIG = RetrievalConfig(context_frames=6, sink_frames=1, memory_frames=2, recency_guard=1, block_frames=2)
 
@@ -76,6 +79,30 @@ def test_given_frames_stand_as_they_are(model: CausalWanModel) -> None:
     assert torch.equal(continued.latents[:, :8], replaced)
     other = rollout(model, noise(12, seed=9), PROMPT, CONFIG, given=replaced + 1)
     assert not torch.allclose(other.latents[:, 8:], continued.latents[:, 8:])
+
+
+@pytest.mark.parametrize("query", ["latest", "draft"])
+def test_a_stopped_video_is_gone_on_with_bit_by_bit(model: CausalWanModel, query: Any) -> None:
+    config = replace(CONFIG, query=query)
+
+    def renoise(skipped: int) -> Renoise:
+        return lambda index, shape: _fresh(None, index + skipped, shape)
+
+    whole = rollout(model, noise(20), PROMPT, config, renoise=renoise(0))
+    kept = {block.block_start: (block.frames, block.similarity) for block in whole.retrieved if block.block_start < 14}
+    selection = ReplaySelection(kept)
+    given, skipped = whole.latents[:, :14], 7 * (len(PAPER_STEPS) - 1)
+    for latents in (given, iter(given.split(2, dim=1))):
+        later = stream(
+            model, noise(20).split(2, dim=1), PROMPT, config,
+            sampling=Sampling(renoise=renoise(skipped)), selection=selection, given=latents,
+        )  # fmt: skip
+        blocks = list(later)
+        assert torch.equal(torch.cat([block.latents for block in blocks], dim=1), whole.latents)
+        assert torch.equal(torch.cat([block.embeddings for block in blocks], dim=1), whole.embeddings)
+        retrieved = [block.retrieval for block in blocks if block.retrieval is not None]
+        assert [block.frames for block in retrieved] == [block.frames for block in whole.retrieved]
+        assert [block.similarity for block in retrieved] == [block.similarity for block in whole.retrieved]
 
 
 def test_cancelling_keeps_what_is_done(model: CausalWanModel) -> None:

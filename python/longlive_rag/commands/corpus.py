@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from longlive_rag.ranks import Ranks
-from longlive_rag.training.corpus import LatentSource, write_corpus
+if TYPE_CHECKING:
+    from longlive_rag.ranks import Ranks
+    from longlive_rag.training.corpus import LatentSource
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ class Corpus:
     """cpu, cuda or cuda:N. Default: the GPU if there is one."""
 
     def run(self) -> int:
+        from longlive_rag.ranks import Ranks
+        from longlive_rag.training.corpus import write_corpus
+
         for name in ("videos", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

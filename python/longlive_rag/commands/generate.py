@@ -9,24 +9,20 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
-from tqdm import tqdm
-
-import longlive_rag
 from longlive_rag.budget import Budget, BudgetOptions, format_bytes
-from longlive_rag.config import RetrievalConfig
-from longlive_rag.embedding import AveragePool, Embedding, LatentAutoencoder
+from longlive_rag.config import PAPER_STEPS, RetrievalConfig
 from longlive_rag.files import output_folder
-from longlive_rag.generation.pipeline import Pipeline, VideoSettings
 from longlive_rag.generation.prompts import read_prompts
-from longlive_rag.generation.sampling import PAPER_STEPS, Sampling
 from longlive_rag.generation.wan_files import BACKBONES, WanFiles, find_checkpoint, find_wan_files, from_where
-from longlive_rag.ranks import Ranks
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from longlive_rag.generation.pipeline import Pipeline, VideoSettings
+    from longlive_rag.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -42,8 +38,8 @@ class Generate:
     """Generate long videos with retrieval memory from a Wan-family checkpoint and prompts.
 
     Writes one video per prompt, which can be watched while it grows, with a log of what each block retrieved (JSON and
-    PNG) next to it. Finished videos are skipped, so an interrupted run continues when it is started again. Under
-    torchrun, the processes share the prompts.
+    PNG) next to it. A run that was stopped in whatever way goes on after its last finished block when it is started
+    again: the videos are the same as without the stop. Under torchrun, the processes share the prompts.
 
     Examples:
       longlive-rag generate --backbone self-forcing \\
@@ -55,7 +51,7 @@ class Generate:
     """
 
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
-        "what to make": ("output", "prompt", "prompts", "seconds", "fps", "height", "width", "overwrite"),
+        "what to make": ("output", "prompt", "prompts", "seconds", "fps", "height", "width", "replay", "overwrite"),
         "weights": ("backbone", "wan_dir", "checkpoint", "weights", "lora", "lora_alpha", "embedding"),
         "context policy": ("policy",),
         "sampling": ("denoising_steps", "timestep_shift", "context_noise", "seed"),
@@ -110,10 +106,18 @@ class Generate:
     """How much memory keys and values may take."""
     rebuild: bool = False
     """Compute keys and values again from the latents when a frame is retrieved that fitted nowhere; approximate."""
+    replay: Path | None = None
+    """JSON file of a video with these settings, whose blocks are to retrieve what it says, bit for bit, instead of what
+    is found to be most similar."""
     overwrite: bool = False
-    """Generate finished videos again."""
+    """Generate finished videos again, and begin anew where one was begun with other settings."""
 
     def run(self) -> int:
+        import torch
+
+        from longlive_rag.generation.pipeline import video_journal
+        from longlive_rag.ranks import Ranks
+
         settings, prompts = self._settings(), self._prompts()
         checkpoint = find_checkpoint(self.backbone, self.checkpoint)
         for name, path in (("lora", self.lora), ("embedding", self.embedding)):
@@ -128,9 +132,7 @@ class Generate:
         budget = replace(self.memory.budget, rebuild=self.rebuild)
         ranks = Ranks.from_environment()
         device = self._device(ranks)
-        dtype = (
-            _DTYPES[self.dtype] if self.dtype != "auto" else _DTYPES["bfloat16" if device.type == "cuda" else "float32"]
-        )
+        dtype = self._dtype(device)
         facts = {
             "backbone": self.backbone,
             "checkpoint": checkpoint.name,
@@ -142,7 +144,17 @@ class Generate:
         }
         output = output_folder(self.output)
         videos = list(enumerate_videos(prompts, output))[ranks.rank :: ranks.world]
-        todo = [video for video in videos if self.overwrite or not _is_done(video, facts, settings)]
+        replay = None if self.replay is None else _replayed(self.replay, prompts, facts, settings)
+        todo = []
+        for video in videos:
+            journal = video_journal(video.path, {"prompt": video.prompt, **facts}, settings, replay, budget, device)
+            if self.overwrite:
+                todo.append(video)
+            elif _is_done(video, facts, settings):
+                journal.remove_finished()
+            else:
+                journal.check()
+                todo.append(video)
         if len(todo) < len(videos):
             print(f"{len(videos) - len(todo)} of {len(videos)} videos are there already.")
         if not todo:
@@ -155,15 +167,23 @@ class Generate:
             f"keys and values take {format_bytes(pipeline.held_frames * pipeline.frame_bytes)} in all."
         )
         for video, prompt_embeds in zip(todo, embeds, strict=True):
-            more = {"prompt": video.prompt, **facts, "version": longlive_rag.__version__}
+            more = {"prompt": video.prompt, **facts}
             try:
-                usage = pipeline.generate(prompt_embeds.to(device), video.path, more)
+                usage = pipeline.generate(
+                    prompt_embeds.to(device), video.path, more, replay=replay, overwrite=self.overwrite
+                )
             except (MemoryError, torch.OutOfMemoryError) as error:
-                raise ValueError(f"{video.path.name} could not be finished: {error}") from error
+                raise ValueError(
+                    f"{video.path.name} could not be finished: {error}; the same command goes on after its last "
+                    f"finished block, also with less memory"
+                ) from error
             print(f"Written: {video.path}\nKeys and values in the end: {usage}", flush=True)
         return 0
 
     def _settings(self) -> VideoSettings:
+        from longlive_rag.generation.pipeline import VideoSettings
+        from longlive_rag.generation.sampling import Sampling
+
         return VideoSettings(
             seconds=self.seconds,
             fps=self.fps,
@@ -183,7 +203,16 @@ class Generate:
             raise ValueError("prompt must hold a prompt, got none")
         return [prompt]
 
+    def _dtype(self, device: torch.device) -> torch.dtype:
+        import torch
+
+        automatic = "bfloat16" if device.type == "cuda" else "float32"
+        dtype: torch.dtype = getattr(torch, automatic if self.dtype == "auto" else self.dtype)
+        return dtype
+
     def _device(self, ranks: Ranks) -> torch.device:
+        import torch
+
         try:
             device = ranks.device(None if self.device == "auto" else self.device)
         except RuntimeError:
@@ -196,6 +225,9 @@ class Generate:
 
     def _encode(self, prompts: list[str], files: WanFiles, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         """Embeddings of all prompts, on the CPU; the encoder, larger than all the rest, is gone when this returns."""
+        import torch
+        from tqdm import tqdm
+
         from longlive_rag.generation.text_encoder import PromptEncoder
 
         # In float16 UMT5 overflows.
@@ -219,6 +251,8 @@ class Generate:
         dtype: torch.dtype,
         budget: Budget,
     ) -> Pipeline:
+        from longlive_rag.embedding import AveragePool, Embedding, LatentAutoencoder
+        from longlive_rag.generation.pipeline import Pipeline
         from longlive_rag.generation.wan_vae import StreamingDecoder
         from longlive_rag.models.checkpoints import load_causal_wan
 
@@ -257,24 +291,48 @@ def _is_done(video: PromptVideo, facts: dict[str, Any], settings: VideoSettings)
     Raises:
         ValueError: it is, but was made with other settings; the message says which.
     """
+    from longlive_rag.generation.journal import changed_settings
+
     if not video.path.is_file():
         return False
     log = video.path.with_suffix(".json")
     try:
-        report = json.loads(log.read_text(encoding="utf-8"))
-        before = {"prompt": report["prompt"], **{name: report[name] for name in facts}, **_flat(report["settings"])}
-    except (OSError, ValueError, KeyError) as error:
+        before = _log_settings(json.loads(log.read_text(encoding="utf-8")), facts)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{video.path} is there without a readable {log.name}; move it, or use --overwrite") from error
-    now = {"prompt": video.prompt, **facts, **_flat(settings.record())}
-    changed = [
-        f"{name} {before.get(name)!r}, now {value!r}" for name, value in now.items() if before.get(name) != value
-    ]
+    changed = changed_settings(before, {"prompt": video.prompt, **facts, **settings.flat()})
     if changed:
         raise ValueError(
-            f"{video.path} was made with other settings ({'; '.join(changed)}); choose another --output, or --overwrite"
+            f"{video.path} was made with other settings ({changed}); choose another --output, or --overwrite"
         )
     return True
 
 
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    return {**{name: value for name, value in settings.items() if name != "memory"}, **settings["memory"]}
+def _log_settings(log: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    from longlive_rag.generation.pipeline import flat_settings
+
+    return {"prompt": log["prompt"], **{name: log[name] for name in facts}, **flat_settings(log["settings"])}
+
+
+def _replayed(path: Path, prompts: list[str], facts: dict[str, Any], settings: VideoSettings) -> list[dict[str, Any]]:
+    """What a video's JSON file says was retrieved.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not such a file, or of other settings; the message says which.
+    """
+    from longlive_rag.generation.journal import changed_settings
+    from longlive_rag.retrieval_log import recorded_retrieval
+
+    if len(prompts) != 1:
+        raise ValueError(f"replay repeats one video and takes one prompt, got {len(prompts)}")
+    try:
+        log = json.loads(path.read_text(encoding="utf-8"))
+        before, retrieved, frames = _log_settings(log, facts), list(log["retrieved"]), int(log["latent_frames"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"replay must be the JSON file beside a video, got {path} ({error!r})") from error
+    changed = changed_settings(before, {"prompt": prompts[0], **facts, **settings.flat()})
+    if changed:
+        raise ValueError(f"replay {path} is of a video with other settings ({changed})")
+    recorded_retrieval(retrieved, settings.policy, frames)
+    return retrieved

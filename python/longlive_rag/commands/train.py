@@ -6,19 +6,18 @@ import shlex
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from tqdm import tqdm
-
-from longlive_rag.embedding import LatentAutoencoder
 from longlive_rag.files import output_folder, write_json
-from longlive_rag.ranks import Ranks
-from longlive_rag.training.config import PAPER, TrainingConfig, TrainingOptions
-from longlive_rag.training.interruption import StopSignal
-from longlive_rag.training.latents import BadData, LatentCorpus, open_corpus
-from longlive_rag.training.plots import draw_training, similarity_matrix
-from longlive_rag.training.trainer import BEST, LAST, METRICS, AutoencoderTrainer
+from longlive_rag.training.config import PAPER, BadData, TrainingConfig, TrainingOptions
+
+if TYPE_CHECKING:
+    import torch
+
+    from longlive_rag.embedding import LatentAutoencoder
+    from longlive_rag.ranks import Ranks
+    from longlive_rag.training.latents import LatentCorpus
+    from longlive_rag.training.trainer import AutoencoderTrainer
 
 
 @dataclass(frozen=True)
@@ -96,11 +95,19 @@ class Train:
                 raise FileNotFoundError(f"no file to evaluate at {path}")
         output_folder(self.output)
         if self.data is None:
+            from longlive_rag.embedding import LatentAutoencoder
+
             self._compare({_label(path): LatentAutoencoder.from_checkpoint(path) for path in self.evaluate})
             return 0
         return self._train(self.data)
 
     def _train(self, data: Path) -> int:
+        from longlive_rag.embedding import LatentAutoencoder
+        from longlive_rag.ranks import Ranks
+        from longlive_rag.training.interruption import StopSignal
+        from longlive_rag.training.latents import open_corpus
+        from longlive_rag.training.trainer import BEST
+
         ranks = Ranks.from_environment()
         device = ranks.device(self.device)
         with ranks.process_group(device), StopSignal() as stop:
@@ -125,6 +132,8 @@ class Train:
     def _trainer(
         self, name: str, config: TrainingConfig, corpus: LatentCorpus, ranks: Ranks, device: torch.device
     ) -> AutoencoderTrainer:
+        from longlive_rag.training.trainer import LAST, AutoencoderTrainer
+
         output = output_folder(self.output / name)
         return AutoencoderTrainer(
             config,
@@ -141,6 +150,8 @@ class Train:
         )
 
     def _say_how_to_go_on(self, trainer: AutoencoderTrainer) -> None:
+        from longlive_rag.training.trainer import LAST
+
         arguments = sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"]
         print(
             f"interrupted in epoch {trainer.epoch + 1} of {trainer.config.epochs}; saved in {trainer.output / LAST}. "
@@ -149,6 +160,10 @@ class Train:
         )
 
     def _finish(self, trainer: AutoencoderTrainer) -> None:
+        from longlive_rag.embedding import LatentAutoencoder
+        from longlive_rag.training.plots import draw_training, similarity_matrix
+        from longlive_rag.training.trainer import BEST, METRICS
+
         output = trainer.output
         best = LatentAutoencoder.from_checkpoint(output / BEST)
         held_out = trainer.corpus.videos[trainer.validation_videos[0]]
@@ -159,7 +174,9 @@ class Train:
         print(f"lowest validation loss {trainer.best:.5f}: {output / BEST}, curves in {output / 'training.png'}")
 
     def _compare(self, encoders: dict[str, LatentAutoencoder]) -> None:
-        from longlive_rag.embedding import AveragePool, Embedding
+        from tqdm import tqdm
+
+        from longlive_rag.embedding import AveragePool, Embedding, LatentAutoencoder
         from longlive_rag.small_world import embeddings
         from longlive_rag.small_world.backbone import load_backbone, load_codec
         from longlive_rag.small_world.policies import POLICIES
@@ -211,4 +228,6 @@ def ablations(config: TrainingConfig) -> dict[str, TrainingConfig]:
 
 def _label(path: Path) -> str:
     """A checkpoint's own name, or where the name says nothing, its folder's."""
+    from longlive_rag.training.trainer import BEST, LAST
+
     return path.parent.name if path.name in (BEST, LAST) else path.stem

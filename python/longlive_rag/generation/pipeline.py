@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,18 +15,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import longlive_rag
 from longlive_rag.bank import Usage
 from longlive_rag.budget import Budget, format_bytes
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.embedding import Embedding
 from longlive_rag.files import write_json
-from longlive_rag.generation.rollout import stream
+from longlive_rag.generation.journal import Journal, JournalBlock
+from longlive_rag.generation.rollout import FinishedBlock, stream
 from longlive_rag.generation.sampling import PAPER_SAMPLING, Sampling
-from longlive_rag.generation.video import VideoWriter
+from longlive_rag.generation.video import Frames, VideoWriter
 from longlive_rag.generation.wan_vae import StreamingDecoder
 from longlive_rag.memory import Retrieval
 from longlive_rag.models import CausalWanModel
-from longlive_rag.retrieval_log import draw_retrieval, retrieval_entries
+from longlive_rag.retrieval_log import draw_retrieval, recorded_retrieval, retrieval_entries
+from longlive_rag.selection import ReplaySelection, SimilaritySelection
 from longlive_rag.tiers.pages import frame_bytes
 
 # Rows and columns of pixels per token, at least: the VAE's 8 times the patch of 2.
@@ -71,12 +76,38 @@ class VideoSettings:
             "memory": asdict(self.policy),
         }
 
+    def flat(self) -> dict[str, Any]:
+        """The same under the names of the command line's options."""
+        return flat_settings(self.record())
+
     def latent_frames(self, temporal_factor: int) -> int:
         """Whole blocks of latent frames that make at least `seconds` of video."""
         pictures = math.ceil(self.seconds * self.fps - 1e-6)
         frames = math.ceil((pictures - 1) / temporal_factor) + 1
         block = self.policy.block_frames
         return math.ceil(frames / block) * block
+
+
+def flat_settings(record: dict[str, Any]) -> dict[str, Any]:
+    """Settings as a video's JSON file has them, on one level."""
+    return {**{name: value for name, value in record.items() if name != "memory"}, **record["memory"]}
+
+
+def video_journal(
+    path: Path,
+    facts: dict[str, Any],
+    settings: VideoSettings,
+    replay: Sequence[dict[str, Any]] | None,
+    budget: Budget,
+    device: torch.device,
+) -> Journal:
+    """The journal of a video, not opened yet; the arguments are those of `Pipeline` and its `generate`."""
+    digest = None if replay is None else hashlib.sha256(json.dumps(replay).encode()).hexdigest()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    # Frames that come back from below the device are not what they were.
+    changing = {"replay": digest, "page_bits": budget.bits, "rebuild": budget.rebuild}
+    notes = {"version": longlive_rag.__version__, "torch": torch.__version__, "device": name}
+    return Journal(path, {**facts, **settings.flat(), **changing}, notes)
 
 
 class Pipeline:
@@ -140,53 +171,103 @@ class Pipeline:
             dtype=self.model.patch_embedding.weight.dtype,
         )
 
-    def generate(self, prompt_embeds: Tensor, path: Path, facts: dict[str, Any]) -> Usage:
+    def generate(
+        self,
+        prompt_embeds: Tensor,
+        path: Path,
+        facts: dict[str, Any],
+        *,
+        replay: Sequence[dict[str, Any]] | None = None,
+        overwrite: bool = False,
+    ) -> Usage:
         """Make one video and, next to it, `<stem>.json` with what was retrieved and `<stem>.png`, a picture of that.
 
-        The video gets its final name last, so if it is there, all three are complete. An interrupted one stays as
-        `<stem>.partial.mp4`.
+        The video gets its final name last, so if it is there, all three are complete. One that was interrupted stays as
+        `<stem>.partial.mp4`, with a `Journal` from which the same call goes on: the result is the same, to the last
+        byte, as without the interruption.
 
         Args:
             prompt_embeds: [tokens, text_dim].
             path: `.mp4` file.
-            facts: more entries for the JSON file, such as the prompt.
+            facts: more entries for the JSON file, such as the prompt; all that decides what the video looks like and
+                is not in the settings must be among them.
+            replay: what each block shall retrieve, the entry `retrieved` of a JSON file; default what is most similar.
+            overwrite: begin anew if the video was begun with other settings.
 
         Returns:
             What the memory held in the end, and where.
+
+        Raises:
+            ValueError: the video was begun with other settings, or `replay` is of another video.
+            OSError: a file cannot be written, because the disk is full for example.
         """
         settings, config = self.settings, self.settings.policy
+        journal = video_journal(path, facts, settings, replay, self.budget, self.device)
+        if overwrite:
+            journal.remove_others()
+        journal.open()
+        chosen = {} if replay is None else recorded_retrieval(replay, config, self.latent_frames)
+        chosen |= {block.block_start: (block.frames, block.similarity) for block in journal.retrieved}
+        blocks = self.latent_frames // config.block_frames
+        for remark in journal.remarks:
+            print(remark)
+        if journal.blocks:
+            seconds = self.decoder.pictures(journal.blocks * config.block_frames) / settings.fps
+            print(
+                f"{path.name} goes on after {journal.blocks} of {blocks} blocks, at {seconds:.1f} s; "
+                f"their keys and values are computed again first.",
+                flush=True,
+            )
+
+        block_shape = (1, config.block_frames, self.model.in_dim, *self.latent_size)
         generator = torch.Generator().manual_seed(settings.sampling.seed)
 
         # Drawn on the CPU, block by block: the same on every device, and a longer video begins like a shorter one.
         def draw(shape: tuple[int, ...]) -> Tensor:
             return torch.randn(shape, generator=generator).to(self.device)
 
-        block_shape = (1, config.block_frames, self.model.in_dim, *self.latent_size)
-        blocks = self.latent_frames // config.block_frames
+        def noise() -> Iterator[Tensor]:
+            for _ in range(journal.blocks):
+                yield torch.zeros(block_shape, device=self.device)  # these are finished
+            if journal.blocks:
+                generator.set_state(journal.block(journal.blocks - 1).random_state)
+            for _ in range(journal.blocks, blocks):
+                yield draw(block_shape)
+
         retrieved: list[Retrieval] = []
-        started = time.monotonic()
         self.decoder.reset()
         # One block is written while the next is made, so there are never more than two.
         writing: Future[None] | None = None
         with (
-            VideoWriter(path, fps=settings.fps, size=(settings.height, settings.width)) as writer,
+            VideoWriter(
+                path,
+                fps=settings.fps,
+                size=(settings.height, settings.width),
+                store=journal,
+                finished=journal.segments(self.decoder.pictures(journal.blocks * config.block_frames)),
+            ) as writer,
             ThreadPoolExecutor(1) as writers,
         ):
+            finished_pictures = writer.frames_written
             finished_blocks = stream(
                 self.model,
-                (draw(block_shape) for _ in range(blocks)),
+                noise(),
                 prompt_embeds[None],
                 config,
                 sampling=replace(settings.sampling, renoise=lambda _, shape: draw(shape)),
                 embedding=self.embedding,
+                selection=ReplaySelection(chosen, SimilaritySelection()),
+                given=(journal.block(index).latents for index in range(journal.blocks)),
                 budget=self.budget,
             )
-            bar = tqdm(finished_blocks, desc=path.stem[:40], total=blocks, unit="block")
-            for block in bar:
-                pictures = self._decode(block.latents[0])
+            for index, block in enumerate(tqdm(finished_blocks, desc=path.stem[:40], total=blocks, unit="block")):
+                made = None
+                if index >= journal.blocks:
+                    made = JournalBlock(block.latents.cpu(), generator.get_state(), block.retrieval)
+                pictures = self._decode_after(finished_pictures, block)
                 if writing is not None:
                     writing.result()
-                writing = writers.submit(writer.write, pictures.numpy())
+                writing = writers.submit(_finish_block, journal, writer, index, made, pictures.numpy())
                 if block.retrieval is not None:
                     retrieved.append(block.retrieval)
                 usage = block.usage
@@ -195,17 +276,32 @@ class Pipeline:
             entries = retrieval_entries(retrieved)
             report = {
                 **facts,
+                "version": longlive_rag.__version__,
                 "settings": settings.record(),
                 "frames": writer.frames_written,
                 "latent_frames": self.latent_frames,
-                "wall_seconds": round(time.monotonic() - started, 3),
                 "retrieved": entries,
             }
+            # The earlier video would be taken for one of the new settings. All of the new one is in the journal.
+            path.unlink(missing_ok=True)
             write_json(path.with_suffix(".json"), report)
+            path.with_suffix(".png").unlink(missing_ok=True)
             if entries:
                 seconds_per_frame = self.decoder.temporal_factor / settings.fps
                 draw_retrieval(entries, config, self.latent_frames, seconds_per_frame, path.with_suffix(".png"))
+        journal.remove()
         return usage
+
+    def _decode_after(self, finished_pictures: int, block: FinishedBlock) -> Tensor:
+        """Those pictures of the block that are not finished, uint8 [N, H, W, 3]; what the decoder must see before them
+        is decoded too."""
+        frames = block.latents.shape[1]
+        end = self.decoder.pictures(block.start + frames)
+        to_come = finished_pictures - self.decoder.pictures(block.start + frames + self.decoder.reach)
+        if to_come >= 0:
+            return torch.empty(0, self.settings.height, self.settings.width, 3, dtype=torch.uint8)
+        pictures = self._decode(block.latents[0])
+        return pictures[max(0, finished_pictures - (end - len(pictures))) :]
 
     def _decode(self, latents: Tensor) -> Tensor:
         if not self.low_memory:
@@ -229,3 +325,11 @@ class Pipeline:
                 f"{format_bytes(context * self.frame_bytes)} or {format_bytes(self.frame_bytes)} for each, got "
                 f"{format_bytes(room)}; choose a smaller context or video size"
             )
+
+
+def _finish_block(
+    journal: Journal, writer: VideoWriter, index: int, made: JournalBlock | None, pictures: Frames
+) -> None:
+    if made is not None:
+        journal.put_block(index, made)
+    writer.write(pictures)

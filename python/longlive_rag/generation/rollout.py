@@ -11,9 +11,9 @@ from torch import Tensor
 
 from longlive_rag.bank import Usage
 from longlive_rag.budget import Budget, format_bytes
-from longlive_rag.config import RetrievalConfig
+from longlive_rag.config import PAPER_STEPS, RetrievalConfig
 from longlive_rag.embedding import AveragePool, Embedding
-from longlive_rag.generation.sampling import PAPER_SAMPLING, PAPER_STEPS, FreshNoise, Renoise, Sampling, denoise
+from longlive_rag.generation.sampling import PAPER_SAMPLING, FreshNoise, Renoise, Sampling, denoise
 from longlive_rag.memory import Retrieval, RetrievalMemory
 from longlive_rag.models import CausalWanModel
 from longlive_rag.models.causal_wan import Attention, Prompt
@@ -61,7 +61,7 @@ def stream(
     sampling: Sampling = PAPER_SAMPLING,
     embedding: Embedding | None = None,
     selection: Selection | None = None,
-    given: Tensor | None = None,
+    given: Tensor | Iterable[Tensor] | None = None,
     budget: Budget | None = None,
 ) -> Iterator[FinishedBlock]:
     """Generate a video and yield each block as soon as it is finished.
@@ -74,8 +74,14 @@ def stream(
         sampling: the sampler's settings; default the paper's.
         embedding: what memory is searched by; default `AveragePool`.
         selection: which frames come back; default the most similar ones.
-        given: latents [B, n, C, H, W], whole blocks, that take the place of the first n frames.
+        given: latents [B, n, C, H, W], whole blocks, that take the place of the first n frames; or these blocks one at
+            a time.
         budget: of the memory, in bytes (see `RetrievalMemory`).
+
+    To go on with a video that was stopped, pass its finished latents as `given`, a `ReplaySelection` of what its blocks
+    retrieved, and a `Sampling.renoise` that counts on from the draws of
+    these blocks, ``len(denoising_steps) - 1`` each: what follows is the same to the last bit. A given block costs one
+    pass of the model; no noise is drawn for it, and only the shape of its entry in `noise` matters.
 
     Yields:
         The finished blocks in order.
@@ -101,13 +107,14 @@ def _blocks(
     noise: Iterable[Tensor],
     schedule: list[tuple[int, Tensor]],
     sampling: Sampling,
-    given: Tensor | None,
+    given: Tensor | Iterable[Tensor] | None,
     open_memory: Callable[..., RetrievalMemory],
 ) -> Iterator[FinishedBlock]:
     fresh_noise = FreshNoise(sampling, model.patch_embedding.weight.device)
     memory: RetrievalMemory | None = None
     # Prompts so far, by the first frame that they were for: what is rebuilt is rebuilt with its own.
     prompts: list[tuple[int, Prompt]] = []
+    given_blocks: Iterator[Tensor] = iter(())
     start = 0
 
     def clean_pass(video: int, frames: range, latents: Tensor, attention: Attention) -> None:
@@ -123,14 +130,18 @@ def _blocks(
             if memory is None:
                 memory = open_memory(shape=block_noise.shape, clean_pass=clean_pass)
                 _check_given(given, block_noise, memory.config)
+                given_blocks = iter(given.split(frames, dim=1) if isinstance(given, Tensor) else given or ())
             while schedule and schedule[0][0] <= start:
                 embeds = _matching_prompt(schedule.pop(0)[1], batch, block_noise.device)
                 prompts.append((start, model.prepare_prompt(embeds)))
             predict = partial(model, prompt=prompts[-1][1], attention=memory)
 
             memory.begin_block(start, frames)
-            if given is not None and start < given.shape[1]:
-                clean = given[:, start : start + frames].to(block_noise).contiguous()
+            given_block = next(given_blocks, None)
+            if given_block is not None:
+                _check_given(given_block, block_noise, memory.config)
+                # A tensor of its own: libraries may add up in another order at addresses that are aligned otherwise.
+                clean = given_block.to(block_noise).clone(memory_format=torch.contiguous_format)
                 if memory.config.query == "draft":
                     memory.ask(clean)
             else:
@@ -180,7 +191,9 @@ def rollout(
         noise: [B, frames, C, H, W]; frames a multiple of ``config.block_frames``.
 
     Returns:
-        The video. After KeyboardInterrupt, what was finished by then, with ``interrupted`` set.
+        The video. After KeyboardInterrupt, what was finished by then, with ``interrupted`` set; its `latents` and
+        `retrieved` are what another call needs to go on from there (see `stream`). With the default `renoise`, whose
+        generator begins anew, that call gives later blocks other fresh noise.
     """
     _check_policy(config, embedding)
     sampling = Sampling(tuple(denoising_steps), timestep_shift, context_noise, seed, renoise)
@@ -236,8 +249,8 @@ def _check_latents(name: str, latents: Tensor, model: CausalWanModel) -> None:
         raise ValueError(f"{name} must be finite, got NaN or infinity")
 
 
-def _check_given(given: Tensor | None, noise: Tensor, config: RetrievalConfig) -> None:
-    if given is None:
+def _check_given(given: object, noise: Tensor, config: RetrievalConfig) -> None:
+    if not isinstance(given, Tensor):
         return
     if given.ndim != 5 or given.shape[0] != noise.shape[0] or given.shape[2:] != noise.shape[2:]:
         raise ValueError(

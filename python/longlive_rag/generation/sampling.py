@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longlive_rag.config import PAPER_STEPS
+
 STEPS = 1000
-PAPER_STEPS = (1000, 750, 500, 250)
 
 Renoise = Callable[[int, tuple[int, ...]], Tensor]
 """From the index of a draw, counted over the whole video, and a shape [B * F, C, H, W] to that noise."""

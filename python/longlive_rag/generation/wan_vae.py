@@ -58,6 +58,15 @@ class StreamingDecoder:
         factor: int = self.vae.config.scale_factor_temporal
         return factor
 
+    @property
+    def reach(self) -> int:
+        """Latent frames that it remembers, at most: two for each causal convolution, those at the finest rate too."""
+        return 2 * len(self._cache)
+
+    def pictures(self, latent_frames: int) -> int:
+        """Pictures that the first `latent_frames` of a video become."""
+        return max(0, self.temporal_factor * (latent_frames - 1) + 1)
+
     def reset(self) -> None:
         """Begin a new video."""
         self.vae.clear_cache()

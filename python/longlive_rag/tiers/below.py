@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Set
 
+import torch
 from torch import Tensor
 
 from longlive_rag.budget import Budget
@@ -31,6 +32,7 @@ class Below:
         size, pinned = pages.record_bytes, pages.device.type == "cuda"
         self.host = HostTier(size, budget.host_bytes, least=_PASSING if budget.disk >= size else 0, pinned=pinned)
         self.disk = DiskTier(size, budget.disk, budget.folder) if budget.disk >= size else None
+        self._record_bytes = size
         # Frames go from the disk to the device through this one.
         self._staging = HostTier(size, 0, least=1, pinned=pinned)
         self._staged: Tensor | None = None
@@ -75,6 +77,19 @@ class Below:
                 lost.append(entry)
         transfer.bring(copies)
         return lost
+
+    def read(self, entry: Entry) -> Tensor:
+        """The record of a frame that is here, in host memory.
+
+        Raises:
+            OSError: the file does not hold the frame as it was written.
+        """
+        record = self.host.records.get(entry)
+        if record is None:
+            assert self.disk is not None
+            record = torch.empty(self._record_bytes, dtype=torch.uint8)
+            self.disk.load(entry, record)
+        return record
 
     def write_ahead(self, count: int, transfer: Transfer, rebuild: bool) -> None:
         """Begin to write records to disk, so that the next block finds room for `count` pages."""

@@ -113,6 +113,12 @@ class Forgetting:
         self._redundancy.forget(entry)
         self._index.forget(*entry)
 
+    def restore(self) -> None:
+        """Know what the index, which was saved, had forgotten."""
+        self._catch_up()
+        for entry in self._index.forgotten:
+            self._redundancy.forget(entry)
+
     def clear(self) -> None:
         """Begin a new video."""
         self._redundancy.clear()

@@ -81,6 +81,20 @@ class Pages:
             pool[slot].copy_(half, non_blocking=True)
             yield layer
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[layers, keys and values, heads, tokens, head_dim], of one video's frame."""
+        return (self.layers, 2, *self._shape)
+
+    def unpacked(self, record: Tensor) -> Tensor:
+        """What a record in host memory holds, of `shape`, as a copy."""
+        if self._bits == 16:
+            return self._halves(record).clone()
+        pages = torch.empty(self.shape, dtype=self.dtype)
+        k_pages, v_pages = ([page[None] for page in half] for half in pages.unbind(1))
+        ops.unpack(record, k_pages, v_pages, 0, self._bits)
+        return pages
+
     def _halves(self, record: Tensor) -> Tensor:
         """[layers, 2, heads, tokens, head_dim], a view."""
         return record.view(self.dtype).view(self.layers, 2, *self._shape)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from longlive_rag.embedding import LatentAutoencoder
+    from longlive_rag.embedding import LatentAutoencoder
 
+BadData = Literal["refuse", "skip"]
 Precision = Literal["auto", "float32", "float16", "bfloat16"]
 
 SMALL_FRAME = 32
@@ -77,12 +79,18 @@ class TrainingConfig(CommonSettings):
 
     def autoencoder(self, channels: int, height: int, width: int) -> LatentAutoencoder:
         """An untrained autoencoder for latent frames of this size, reproducible by seed."""
+        import torch
+
+        from longlive_rag.embedding import LatentAutoencoder
+
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             return LatentAutoencoder(channels, height, width, self.embedding_dim, self.hidden_dims)
 
     def autocast_dtype(self, device: torch.device) -> torch.dtype:
         """Dtype of mixed precision; float32 means none."""
+        import torch
+
         if self.precision == "auto":
             return torch.float16 if device.type == "cuda" else torch.float32
         dtype: torch.dtype = getattr(torch, self.precision)

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,12 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from longlive_rag.files import atomic_path, load_checkpoint
+from longlive_rag.training.config import BadData
 
 SUFFIXES = (".safetensors", ".pt")
 KEY = "latents"
 _CHECKED_AT_ONCE = 32  # frames in memory while a file is checked
-
-BadData = Literal["refuse", "skip"]
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from longlive_rag.config import RetrievalConfig
+from longlive_rag.config import PAPER_STEPS, RetrievalConfig
 from longlive_rag.generation.prompts import read_prompts
 from longlive_rag.generation.rollout import Prompts
-from longlive_rag.generation.sampling import PAPER_STEPS
 from longlive_rag.generation.text_encoder import PromptEncoder
 from longlive_rag.generation.wan_files import BACKBONES, find_checkpoint, find_wan_files
 from longlive_rag.models.checkpoints import load_causal_wan
