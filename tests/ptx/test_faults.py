@@ -72,15 +72,16 @@ def check_pack(module: ModuleType) -> None:
 
 
 def check_attend_sm90(module: ModuleType) -> None:
-    # Ten query tiles on four multiprocessors: three pieces a block, so that every ring of barriers comes round.
-    case = test_attend_sm90.make_case(torch.float16, tokens=120, heads=10, head_dim=64)
+    # Ten query tiles on four multiprocessors: three pieces a block, so that every ring of barriers comes round; eight
+    # key tiles for each, so that the last two are cut and merged.
+    case = test_attend_sm90.make_case(torch.float16, tokens=120, heads=10, head_dim=64, entries=4)
     test_attend_sm90.check(module, case, key_tile=112)
 
 
 INSERT = Kernel("cuda/insert.cu", "insert_kernelI6__halfLi1E", check_insert)
 RETRIEVE = Kernel("cuda/retrieve.cu", "retrieve_kernelIfLi1E", check_retrieve)
 ATTEND = Kernel("cuda/attend.cu", "attend_kernelI6__halfLi64ELi64E", check_attend)
-PACK = Kernel("cuda/pack.cu", "pack_kernelIfLi8E", check_pack)
+PACK = Kernel("cuda/pack.cu", "11pack_kernelIfLi8E", check_pack)
 HOPPER = Kernel("cuda/attend_sm90.cu", "attend_sm90_kernelI6__halfLi64ELi112E", check_attend_sm90)
 
 # Name: kernel, pattern, replacement, and which of several occurrences.
