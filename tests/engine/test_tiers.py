@@ -267,7 +267,8 @@ def test_pinned_memory_may_be_refused() -> None:
     tier = HostTier(PAGE, 2**30, least=0, pinned=True)
     with mock.patch("torch.empty", empty), pytest.warns(UserWarning, match="pinned memory .CUDA error: out of memory"):
         assert tier.take() is not None
-    with mock.patch("torch.empty", empty), warnings.catch_warnings(action="error"):
+    with mock.patch("torch.empty", empty), warnings.catch_warnings():
+        warnings.simplefilter("error")
         tier._fresh = 0
         assert tier.take() is not None, "said once"
 
