@@ -55,7 +55,9 @@ def allowed(*, with_carried: bool) -> frozenset[str]:
         if distribution not in wanted:
             wanted.add(distribution)
             todo += _required(distribution)
-    return frozenset([*named, *FOR_EVERYONE, *(name for name, found in holders.items() if found & wanted)])
+    # Python 3.10 does not know what every distribution holds; most hold a package of their own name.
+    own_names = (distribution.replace("-", "_") for distribution in wanted)
+    return frozenset([*named, *FOR_EVERYONE, *own_names, *(name for name, found in holders.items() if found & wanted)])
 
 
 def _required(distribution: str) -> list[str]:
