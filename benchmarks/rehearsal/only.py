@@ -55,9 +55,16 @@ def allowed(*, with_carried: bool) -> frozenset[str]:
         if distribution not in wanted:
             wanted.add(distribution)
             todo += _required(distribution)
-    # Python 3.10 does not know what every distribution holds; most hold a package of their own name.
-    own_names = (distribution.replace("-", "_") for distribution in wanted)
-    return frozenset([*named, *FOR_EVERYONE, *own_names, *(name for name, found in holders.items() if found & wanted)])
+    return frozenset([*named, *FOR_EVERYONE, *(name for distribution in wanted for name in _holds(distribution))])
+
+
+def _holds(distribution: str) -> set[str]:
+    """Top-level names of what a distribution has installed. Python 3.10 does not tell them for all distributions."""
+    try:
+        files = metadata.files(distribution) or []
+    except metadata.PackageNotFoundError:
+        return set()
+    return {file.parts[0].partition(".")[0] for file in files if file.suffix in (".py", ".so")}
 
 
 def _required(distribution: str) -> list[str]:
