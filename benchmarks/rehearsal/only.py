@@ -48,7 +48,7 @@ def allowed(*, with_carried: bool) -> frozenset[str]:
     """
     named = [*ON_THE_MACHINE, *(CARRIED if with_carried else ())]
     holders = {name: {_normal(holder) for holder in found} for name, found in metadata.packages_distributions().items()}
-    todo = [holder for name in named for holder in holders.get(name, ())]
+    todo = [holder for name in named for holder in {_normal(name), *holders.get(name, ())}]
     wanted: set[str] = set()
     while todo:
         distribution = todo.pop()
