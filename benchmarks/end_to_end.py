@@ -194,18 +194,21 @@ def measure_video(size: Size) -> dict[str, Any]:
     vae = vae.to(device(), torch.bfloat16).eval().requires_grad_(False)
     prompt = torch.randn(model.text_len, model.text_dim, device=device()).bfloat16()
     facts: dict[str, Any] = {}
+    taken = 0.0
     with tempfile.TemporaryDirectory() as folder:
         for name, seconds in (("warm_up", WARM_UP_SECONDS), ("video", size.seconds)):
             settings = VideoSettings(seconds=seconds, fps=FPS, height=size.height, width=size.width)
             path = Path(folder) / f"{name}.mp4"
-            Pipeline(model, StreamingDecoder(vae), AveragePool(), settings).generate(prompt, path, {})
+            pipeline = Pipeline(model, StreamingDecoder(vae), AveragePool(), settings)
+            begun = time.perf_counter()
+            pipeline.generate(prompt, path, {})
+            taken = time.perf_counter() - begun  # the file is written, so the GPU is done
             facts = json.loads(path.with_suffix(".json").read_text())
-    seconds = facts["wall_seconds"]
     return {
-        "seconds": seconds,
+        "seconds": taken,
         "pictures": facts["frames"],
-        "pictures_per_second": facts["frames"] / seconds,
-        "times_real_time": facts["frames"] / FPS / seconds,
+        "pictures_per_second": facts["frames"] / taken,
+        "times_real_time": facts["frames"] / FPS / taken,
     }
 
 
