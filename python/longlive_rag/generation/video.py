@@ -228,7 +228,8 @@ class VideoWriter:
 
     def _append(self, segment: Segment) -> None:
         start = 0
-        for size, number, keyframe in segment.packets.tolist():
+        for packet in segment.packets:
+            size, number, keyframe = map(int, packet)
             self._mux(segment.data[start : start + size].tobytes(), number, bool(keyframe))
             start += size
         self.frames_written += len(segment.packets)
