@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from longlive_rag.files import atomic_path, check_writable
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     import av
     import av.container
 
-Frames = np.ndarray[Any, np.dtype[np.uint8]]
+Frames = npt.NDArray[np.uint8]
 
 # ffmpeg's codes for BT.709 and for limited ("TV") range. Players guess the colours of untagged files by their height.
 _BT709 = 1
@@ -40,9 +41,9 @@ _ENCODER_THREADS = 4
 class Segment(NamedTuple):
     """A stretch of a video that is encoded on its own."""
 
-    data: np.ndarray[Any, np.dtype[np.uint8]]
+    data: npt.NDArray[np.uint8]
     """The packets, one after the other."""
-    packets: np.ndarray[Any, np.dtype[np.int64]]
+    packets: npt.NDArray[np.int64]
     """[N, 3]: size, number of the picture, and 1 for a keyframe, of each packet in the order of decoding."""
 
 
@@ -228,8 +229,7 @@ class VideoWriter:
 
     def _append(self, segment: Segment) -> None:
         start = 0
-        for packet in segment.packets:
-            size, number, keyframe = map(int, packet)
+        for size, number, keyframe in segment.packets.tolist():
             self._mux(segment.data[start : start + size].tobytes(), number, bool(keyframe))
             start += size
         self.frames_written += len(segment.packets)
