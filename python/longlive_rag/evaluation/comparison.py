@@ -32,9 +32,10 @@ class Difference(NamedTuple):
 def compare(video: Drift, other: Drift) -> dict[str, Difference | None]:
     """Compare two videos, segment by segment: each metric's |m_i / m_1 - 1| in `video` less that in `other`.
 
-    The segments of one time are a pair, and if one video is longer the rest of it is left out. The interval takes the
-    segments for independent draws, which neighbours are not: it is about this pair of videos, not about other seeds or
-    prompts, and a little too narrow even for that.
+    The segments of one time are a pair, and if one video is longer the rest of it is left out. The interval is about
+    this pair of videos, not about other seeds or prompts, and it takes the segments for independent draws. Of eight
+    that are, it holds the truth 88 times in 100; if each resembles the one before (a correlation of 0.8, as in slow
+    drift), 39 times.
 
     Returns:
         For each metric a difference, positive if `video` has moved further; None where a first segment has nothing to

@@ -53,8 +53,8 @@ python3.10 -m venv vbench-env
 git clone {REPOSITORY} VBench
 git -C VBench checkout --quiet {COMMIT}
 pip install torch==2.3.1 torchvision==0.18.1 --index-url https://download.pytorch.org/whl/cu121
-# It imports moviepy.editor, gone since moviepy 2; torchvision 0.18 writes clips with PyAV before 14.
-pip install -r VBench/requirements.txt 'moviepy<2' 'av<14' 'setuptools<81' dreamsim 'scenedetect[opencv]'
+# It imports moviepy.editor, gone since moviepy 2, and its torchvision writes clips with PyAV 12, but not with 18.
+pip install -r VBench/requirements.txt 'moviepy<2' 'av<13' 'setuptools<81' dreamsim 'scenedetect[opencv]'
 """
 
 
