@@ -70,5 +70,15 @@ def test_the_table_names_who_has_moved_further():
     rng = np.random.default_rng(4)
     table = comparison_table("far.mp4", "near.mp4", compare(drifting(0.4, 0.01, rng), drifting(0.1, 0.01, rng)))
     assert table.count("far.mp4") == len(METRICS) and "near.mp4" not in table
+    nearly = comparison_table("a.mp4", "b.mp4", compare(drifting(0.2002, 0.0, rng), drifting(0.2, 0.0, rng)))
+    assert nearly.count("undecided") == len(METRICS) and nearly.count("+0.0 (+0.0 to +0.0)") == len(METRICS)
     same = comparison_table("a.mp4", "b.mp4", compare(drifting(0.2, 0.0, rng), drifting(0.2, 0.0, rng)))
     assert same.count("undecided") == len(METRICS)
+
+
+def test_the_sentence_counts_leads_that_can_be_noticed():
+    rng = np.random.default_rng(5)
+    near, far, farther = (drifting(strength, 0.0, rng) for strength in (0.1, -0.3, 0.3002))
+    said = farthest({"near": near, "far": far, "third": drifting(0.2, 0.0, rng)})
+    assert said == f"far is farthest from its beginning in {len(METRICS)} of {len(METRICS)} metrics"
+    assert f"in 0 of {len(METRICS)} metrics" in farthest({"far": far, "farther": farther})

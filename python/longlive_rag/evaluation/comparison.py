@@ -9,6 +9,8 @@ from longlive_rag.intervals import bootstrap_interval
 
 # A bootstrap of fewer values is an interval in name only: of four it holds the truth 3 times in 4 at best.
 FEWEST_SEGMENTS = 5
+NOTICEABLE = 0.0005
+"""A difference below this, a twentieth of a per cent of the beginning, is none: it would be printed as 0.0."""
 
 
 class Difference(NamedTuple):
@@ -25,8 +27,9 @@ class Difference(NamedTuple):
 
     @property
     def decided(self) -> bool:
-        """Whether the interval is on one side of 0."""
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+        """Whether the interval is on one side of 0, and the difference worth naming."""
+        one_sided = self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+        return one_sided and abs(self.mean) >= NOTICEABLE
 
 
 def compare(video: Drift, other: Drift) -> dict[str, Difference | None]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from longlive_rag import figures
-from longlive_rag.evaluation.comparison import Difference, compare
+from longlive_rag.evaluation.comparison import NOTICEABLE, Difference, compare
 from longlive_rag.evaluation.drift import METRICS, Array, Drift
 
 if TYPE_CHECKING:
@@ -54,13 +54,14 @@ def comparison_table(video: str, other: str, differences: Mapping[str, Differenc
 
 
 def farthest(drifts: Mapping[str, Drift]) -> str:
-    """A sentence: which video is farther from its beginning in most metrics, on average over its later segments."""
-    distances = {label: abs(drift.deviations).mean(axis=0) for label, drift in drifts.items()}
-    table = np.stack(list(distances.values()))
-    comparable = ~np.isnan(table).any(axis=0)
-    wins = np.bincount(table[:, comparable].argmax(axis=0), minlength=len(table))
+    """A sentence: which of several videos is farthest from its beginning in most metrics, over its later segments."""
+    distances = np.stack([abs(drift.deviations).mean(axis=0) for drift in drifts.values()])
+    distances = distances[:, ~np.isnan(distances).any(axis=0)]
+    second, first = np.sort(distances, axis=0)[-2:]
+    led = first - second >= NOTICEABLE
+    wins = np.bincount(distances.argmax(axis=0)[led], minlength=len(distances))
     most = int(wins.argmax())
-    return f"{list(distances)[most]} is farthest from its beginning in {wins[most]} of {comparable.sum()} metrics"
+    return f"{list(drifts)[most]} is farthest from its beginning in {wins[most]} of {len(first)} metrics"
 
 
 def draw_drift(drifts: Mapping[str, Drift], path: Path) -> None:
@@ -71,25 +72,26 @@ def draw_drift(drifts: Mapping[str, Drift], path: Path) -> None:
         path: PNG file, written atomically.
     """
     curve_rows = -(-len(METRICS) // _CURVES_IN_A_ROW)
-    heights = [1.55] * len(drifts) + [2.5] * curve_rows + [3.0]
+    heights = [1.6] * len(drifts) + [2.5] * curve_rows + [3.0]
     figure = figures.figure(16, sum(heights) + 0.6)
     grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
     colours = {label: f"C{index}" for index, label in enumerate(drifts)}
     if len(drifts) > 1:
         figure.suptitle(farthest(drifts), fontsize=14)
     for row, (label, drift) in enumerate(drifts.items()):
-        strip = grid[row].subgridspec(1, _PICTURES, wspace=0.02)
+        strip = grid[row].subgridspec(2, _PICTURES, height_ratios=[1, 7], wspace=0.02, hspace=0)
+        title = figure.add_subplot(strip[0, :])
+        title.set_axis_off()
+        title.text(0, 0, _short(label), fontsize=11, color=colours[label], fontweight="bold")
         for column, index in enumerate(np.linspace(0, len(drift.thumbnails) - 1, _PICTURES).round().astype(int)):
             seconds, image = drift.thumbnails[index]
-            axes = figure.add_subplot(strip[column])
+            axes = figure.add_subplot(strip[1, column])
             axes.imshow(image)
             axes.set_xticks([], [])
             axes.set_yticks([], [])
             axes.set_xlabel(f"{seconds:.0f} s", fontsize=9)
             axes.spines[:].set_color(colours[label])
             axes.spines[:].set_linewidth(2)
-            if column == 0:
-                axes.set_title(_short(label), fontsize=11, color=colours[label], loc="left", fontweight="bold")
     for row in range(curve_rows):
         panels = grid[len(drifts) + row].subgridspec(1, _CURVES_IN_A_ROW)
         for column, name in enumerate(list(METRICS)[row * _CURVES_IN_A_ROW :][:_CURVES_IN_A_ROW]):
@@ -104,6 +106,7 @@ def draw_drift(drifts: Mapping[str, Drift], path: Path) -> None:
 
 def _draw_metric(axes: Axes, name: str, drifts: Mapping[str, Drift], colours: Mapping[str, str]) -> None:
     index = list(METRICS).index(name)
+    lowest = highest = 0.0
     for label, drift in drifts.items():
         change = drift.change[name]
         if change is None:
@@ -113,13 +116,13 @@ def _draw_metric(axes: Axes, name: str, drifts: Mapping[str, Drift], colours: Ma
         relative = np.where(np.isnan(relative), relative[1], relative)
         times = np.arange(len(relative)) / drift.fps
         axes.plot(times, relative, color=colours[label], linewidth=0.6, alpha=0.3)
-        axes.plot(
-            _running_mean(times, drift.segment_frames),
-            _running_mean(relative, drift.segment_frames),
-            color=colours[label],
-            linewidth=1.8,
-            label=_percent(change),
-        )
+        smooth = _running_mean(relative, drift.segment_frames)
+        lowest, highest = min(lowest, smooth.min()), max(highest, smooth.max())
+        middles = _running_mean(times, drift.segment_frames)
+        axes.plot(middles, smooth, color=colours[label], linewidth=1.8, label=_percent(change))
+    # Single frames may leave the panel; the curves and 0 are in it, and half a per cent is not drawn as a mountain.
+    margin = max(1.0, 0.3 * (highest - lowest))
+    axes.set_ylim(lowest - margin, highest + margin)
     axes.axhline(0, color="black", linewidth=0.8)
     _finish(axes, f"{name} (change, %)", "seconds")
 
@@ -128,7 +131,7 @@ def _draw_self_similarity(axes: Axes, drifts: Mapping[str, Drift], colours: Mapp
     for label, drift in drifts.items():
         lags, means = drift.self_similarity
         axes.plot(lags, means, color=colours[label], linewidth=1.8, label=_short(label))
-    axes.set_ylim(top=1.02)
+    axes.set_ylim(min(0.9, axes.get_ylim()[0]), 1.02)
     _finish(axes, "how alike two pictures are, by the time between them", "seconds between them")
     axes.set_ylabel("correlation", fontsize=9)
 
@@ -143,6 +146,8 @@ def _draw_comparison(
         if difference.low is not None and difference.high is not None:
             axes.plot([100 * difference.low, 100 * difference.high], [row, row], color=colour, linewidth=2.5)
         axes.plot(100 * difference.mean, row, "o", color=colour, markersize=6)
+    for label, colour in ((video, colours[video]), (other, colours[other]), ("undecided", "0.6")):
+        axes.plot([], [], "-o", color=colour, linewidth=2.5, label=_short(label))
     axes.axvline(0, color="black", linewidth=0.8)
     # Most differences are a few points, one may be hundreds.
     axes.set_xscale("symlog", linthresh=10)
@@ -155,8 +160,6 @@ def _draw_comparison(
     _finish(
         axes, "which has moved further from its beginning", "mean difference, points of the beginning, 95% interval"
     )
-    axes.set_title(f"< {_short(other, 28)}", fontsize=9, color=colours[other], loc="left")
-    axes.set_title(f"{_short(video, 28)} >", fontsize=9, color=colours[video], loc="right")
 
 
 def _finish(axes: Axes, title: str, along: str) -> None:
