@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,25 @@ def test_prepare_again_keeps_what_was_measured(methods: Path, tmp_path: Path) ->
     (output / "window" / "videos" / "split_clip").mkdir()
     assert main(words) == 0
     assert results.read_text() == "{}" and (output / "window" / "videos" / "split_clip").is_dir()
+
+
+def test_the_script_measures_what_has_not_been_measured(tmp_path: Path) -> None:
+    write_video(tmp_path / "two words" / "A fox.mp4")
+    output = tmp_path / "measured"
+    assert main(["vbench", "prepare", str(tmp_path / "two words"), "--output", str(output)]) == 0
+    # In the place of Python: it notes what it was asked for, and leaves what VBench would.
+    python = output / "vbench-env" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        "#!/bin/sh\n"
+        'echo "$6" >> asked\n'
+        '[ "$6" = aesthetic_quality ] && [ ! -e second ] && touch second && exit 1\n'
+        'echo "{\\"$6\\": []}" > "${10}/results_$6_eval_results.json"\n'
+    )
+    python.chmod(0o755)
+    assert [subprocess.run(["sh", output / "run.sh"], cwd="/").returncode for _ in range(3)] == [1, 0, 0]
+    # Interrupted at the fifth, it goes on with the fifth.
+    assert (output / "asked").read_text().split() == [*DIMENSIONS[:5], *DIMENSIONS[4:]]
 
 
 def test_prepare_refuses_what_could_not_be_compared(

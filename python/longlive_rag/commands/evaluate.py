@@ -55,6 +55,7 @@ class Evaluate:
                 drifts[label] = self._measure(label, reader)
                 beside[label] = output / f"{number:02d}_{reader.path.stem}_first_and_last.mp4"
                 drifts[label].ends.write(beside[label], reader.fps)
+                drifts[label].ends.forget()
         print(f"Change from the first {self.segment_frames} frames to the last {self.segment_frames}:\n")
         print(drift_table(drifts))
         print("\nVideo drift error over all segments (comparable between videos of one length):\n")

@@ -141,7 +141,13 @@ def prepare(methods: Mapping[str, list[Entry]], output: Path, progress: Iterable
         output_folder(output / method / "results")
     commands = [command(method, dimension) for method in methods for dimension in DIMENSIONS]
     _write_script(output / ENVIRONMENT_SCRIPT, _ENVIRONMENT)
-    _write_script(output / RUN_SCRIPT, "\n".join(["#!/bin/sh", "set -eu", 'cd "$(dirname "$0")"', *commands, ""]))
+    lines = ["#!/bin/sh", "# What has been measured already is not measured again.", "set -eu", 'cd "$(dirname "$0")"']
+    lines += [
+        f"grep -qs '\"{dimension}\":' {shlex.quote(method)}/results/*_eval_results.json || {command(method, dimension)}"
+        for method in methods
+        for dimension in DIMENSIONS
+    ]
+    _write_script(output / RUN_SCRIPT, "\n".join([*lines, ""]))
     write_json(
         output / MANIFEST,
         {

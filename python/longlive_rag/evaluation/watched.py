@@ -94,6 +94,11 @@ class Ends:
         self.first = self.first[: self.length]
         self.last = deque(self.last, maxlen=self.length)
 
+    def forget(self) -> None:
+        """Free the frames, when they have been written."""
+        self.first.clear()
+        self.last.clear()
+
     def write(self, path: Path, fps: float) -> None:
         """Write a video of both, the first frames to the left of the last ones, atomically.
 
