@@ -48,6 +48,9 @@ COMMANDS = {
         "longlive_rag.commands.train", "Train", "train it, or compare trained ones", "train the retrieval autoencoder"
     ),
     "evaluate": Command("longlive_rag.commands.evaluate", "Evaluate", "how far videos drift", "measure"),
+    "vbench": Command(
+        "longlive_rag.commands.vbench", "Vbench", "videos for VBench-Long, and its results as a table", "measure"
+    ),
     "bench": Command("longlive_rag.commands.bench", "Bench", "how fast the operations run here", "measure"),
 }
 

@@ -29,7 +29,7 @@ _PLACEHOLDERS: dict[type, dict[str, str]] = {
     bool: {"": ""},
     int: {"": "N", "height": "PIXELS", "width": "PIXELS"},
     float: {"": "X", "seconds": "SECONDS"},
-    str: {"": "TEXT", "command": _REST, "device": "DEVICE"},
+    str: {"": "TEXT", "command": _REST, "device": "DEVICE", "step": "prepare|collect FOLDER"},
     Path: {
         "": "FILE",
         "checkpoint": "PATH",

@@ -128,6 +128,67 @@ def test_color_noise_shows_in_color_detail_alone():
     assert abs(drift["sharpness"]) < 0.02 and abs(drift["high_frequency"]) < 0.05
 
 
+@pytest.mark.parametrize("share", [0.05, 0.2])
+@pytest.mark.parametrize("value", [-1.0, 2.0])
+def test_clipped_pixels_are_what_is_missing_from_unclipped(share, value):
+    def clip(frame, amount, rng):
+        return np.where(rng.random((120, 160, 1)) < amount, value, frame)
+
+    drift = drift_of(clip, share)
+    assert drift["unclipped"] == pytest.approx(-share, abs=0.005)
+
+
+STEP = 0.06
+
+
+def stepping_video(change) -> list[np.ndarray]:
+    """Four segments; the change grows by `STEP` from one to the next."""
+    rng = np.random.default_rng(0)
+    frames = [
+        change(textured_frame(2 * index, 0.03, rng), STEP * (index // SEGMENT), rng) for index in range(4 * SEGMENT)
+    ]
+    return list(np.round(255 * np.clip(frames, 0, 1)).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("change", "metrics", "deviation"),
+    [
+        (brighten, ["mean"], STEP / 0.45),
+        (stretch_contrast, ["contrast", "sharpness", "high_frequency", "color_detail", "motion"], STEP),
+        (desaturate, ["saturation"], STEP),
+        (lambda frame, amount, rng: np.where(rng.random((120, 160, 1)) < amount, 2.0, frame), ["unclipped"], STEP),
+    ],
+)
+def test_video_drift_error_weighs_each_segment(change, metrics, deviation):
+    drift = measure_drift(stepping_video(change), segment_frames=SEGMENT)
+    assert drift.segments.shape == (4, len(METRICS))
+    for metric in metrics:
+        # Weights 3, 2, 1 for deviations of 1, 2, 3 steps.
+        assert drift.video_drift_error[metric] == pytest.approx(10 * deviation, rel=0.08), metric
+    if change is stretch_contrast:
+        mean = drift.video_drift_error["mean"]
+        assert mean is not None and mean < 0.02
+
+
+def test_video_drift_error_counts_early_drift_more_than_late():
+    """The published weights fall: the same departure costs three times as much in the second segment as in the last."""
+    frames = [np.full((32, 32, 3), 100, np.uint8)] * 16
+    departed = [np.full((32, 32, 3), 130, np.uint8)] * 4
+    early = measure_drift(frames[:4] + departed + frames[8:], segment_frames=4).video_drift_error["mean"]
+    late = measure_drift(frames[:12] + departed, segment_frames=4).video_drift_error["mean"]
+    assert (early, late) == (pytest.approx(0.9), pytest.approx(0.3))
+
+
+def test_ends_are_five_seconds_or_half_of_a_short_video():
+    ramp = [np.full((32, 32, 3), 20 + index, np.uint8) for index in range(120)]
+    # Segments of a second; the ends are five, whose mean brightness is that of their middle frame.
+    drift = measure_drift(ramp, segment_frames=8, fps=8)
+    assert drift.ends.length == 40
+    assert drift.end_change["mean"] == pytest.approx((20 + 99.5) / (20 + 19.5) - 1)
+    assert measure_drift(ramp[:30], segment_frames=8, fps=8).ends.length == 15
+    assert measure_drift(ramp[:30], segment_frames=8, fps=1).ends.length == 5
+
+
 def test_frozen_video_loses_all_motion():
     moving = drifting_video(brighten, 0.0)
     drift = measure_drift(moving[:SEGMENT] + [moving[SEGMENT]] * (SEGMENT + 1), segment_frames=SEGMENT).change

@@ -10,6 +10,7 @@ from PIL import Image
 
 from longlive_rag.cli import main
 from longlive_rag.generation.video import VideoWriter
+from support.video_files import read_video
 
 
 @pytest.fixture
@@ -41,7 +42,30 @@ def test_report_ranks_videos_by_what_drifted(tmp_path, write_video, capsys):
     assert f"{100 * second['sharpness']:+.1f}%" in table
     picture = Image.open(output / "drift.png")
     assert picture.width > 1000
-    assert sorted(entry.name for entry in output.iterdir()) == ["drift.png", "report.json"]
+    beside = ["01_steady_first_and_last.mp4", "02_drifting_first_and_last.mp4"]
+    assert sorted(entry.name for entry in output.iterdir()) == [*beside, "drift.png", "report.json"]
+    (comparison,) = report["comparisons"]
+    assert (comparison["video"], comparison["other"]) == (str(steady), str(drifting))
+    # The first video, the steady one, moves less; of three later segments no interval is claimed.
+    assert comparison["further"]["sharpness"]["mean"] < -0.1
+    assert comparison["further"]["sharpness"]["low"] is None
+    assert [video["segments"] for video in report["videos"]] == [4, 4]
+    errors = [video["video_drift_error"]["sharpness"] for video in report["videos"]]
+    assert errors[0] < 0.1 < errors[1]
+    assert f"{errors[1]:.2f}" in table and "drifting.mp4 is farthest from its beginning in " in table
+
+
+def test_the_first_seconds_play_beside_the_last(tmp_path, write_video):
+    drifting = write_video("drifting.mp4", frames=48, growth=0.8)
+    assert main(["evaluate", str(drifting), "--output", str(tmp_path / "out"), "--segment-frames", "6"]) == 0
+    images, fps = read_video(tmp_path / "out" / "01_drifting_first_and_last.mp4")
+    # Six seconds at 8 a second: 24 frames each, of 64 x 96 with a white gap between.
+    assert (images.shape, fps) == ((24, 64, 200, 3), 8)
+    assert images[:, :, 100].min() > 200
+    whole, _ = read_video(drifting)
+    for half, original in ((images[:, :, :92], whole[:24, :, :92]), (images[:, :, 108:], whole[24:, :, 4:])):
+        # Coded twice, in half the colour resolution each time.
+        assert abs(half.mean(axis=-1) - original.mean(axis=-1)).mean() < 6
 
 
 def test_videos_of_one_name_stay_apart(tmp_path, write_video, capsys):
