@@ -160,7 +160,10 @@ class Patched:
             follower.reset()
 
     def unpatch(self) -> None:
-        """Give the model its own attention back, and released caches their size; what they held is gone."""
+        """Give the model its own attention back, and released caches their size; what they held is gone.
+
+        Between videos: the model's own attention would go on with a cache that holds nothing of a video's first blocks.
+        """
         self._attachment.forwards.restore()
         if self._attachment.freed_caches is not None:
             self._attachment.freed_caches.restore()
