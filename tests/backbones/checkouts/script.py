@@ -81,6 +81,8 @@ class SavingDecoder(torch.nn.Module):
         torch.save(self._videos, self._path)
         return latents[:, :, :3]
 
+    decode_to_pixel_chunk = decode_to_pixel
+
 
 class OnCPU(TorchFunctionMode):
     """Reads "cuda" as the CPU, bfloat16 as float32, and noise of the published size as that of the tiny one."""
