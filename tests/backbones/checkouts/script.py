@@ -61,7 +61,7 @@ def begin(script: str) -> None:
     OnCPU().__enter__()
 
 
-def _made_with(parent: type, *args: Any) -> type:
+def _made_with(parent: Any, *args: Any) -> type:
     """A class, since annotations name it, that is made without arguments."""
     return type(parent.__name__, (parent,), {"__init__": partialmethod(parent.__init__, *args)})
 
