@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -173,10 +174,11 @@ class Pipeline:
 
     def generate(
         self,
-        prompt_embeds: Tensor,
+        prompt_embeds: Tensor | Sequence[tuple[float, Tensor]],
         path: Path,
         facts: dict[str, Any],
         *,
+        begin: Callable[[], Tensor] | None = None,
         replay: Sequence[dict[str, Any]] | None = None,
         overwrite: bool = False,
     ) -> Usage:
@@ -187,10 +189,12 @@ class Pipeline:
         byte, as without the interruption.
 
         Args:
-            prompt_embeds: [tokens, text_dim].
+            prompt_embeds: [tokens, text_dim]; or seconds of the video and the embeddings from then on, the first at 0.
             path: `.mp4` file.
             facts: more entries for the JSON file, such as the prompt; all that decides what the video looks like and
                 is not in the settings must be among them.
+            begin: makes the latents [n, C, H, W] that the video begins with, whole blocks and not all of them; called
+                once at most, since the journal keeps them.
             replay: what each block shall retrieve, the entry `retrieved` of a JSON file; default what is most similar.
             overwrite: begin anew if the video was begun with other settings.
 
@@ -220,6 +224,8 @@ class Pipeline:
             )
 
         block_shape = (1, config.block_frames, self.model.in_dim, *self.latent_size)
+        given = self._beginning(journal, begin)
+        made_blocks = max(journal.blocks, len(given))
         generator = torch.Generator().manual_seed(settings.sampling.seed)
 
         # Drawn on the CPU, block by block: the same on every device, and a longer video begins like a shorter one.
@@ -227,11 +233,11 @@ class Pipeline:
             return torch.randn(shape, generator=generator).to(self.device)
 
         def noise() -> Iterator[Tensor]:
-            for _ in range(journal.blocks):
-                yield torch.zeros(block_shape, device=self.device)  # these are finished
+            for _ in range(made_blocks):
+                yield torch.zeros(block_shape, device=self.device)  # these are there already
             if journal.blocks:
                 generator.set_state(journal.block(journal.blocks - 1).random_state)
-            for _ in range(journal.blocks, blocks):
+            for _ in range(made_blocks, blocks):
                 yield draw(block_shape)
 
         retrieved: list[Retrieval] = []
@@ -252,12 +258,12 @@ class Pipeline:
             finished_blocks = stream(
                 self.model,
                 noise(),
-                prompt_embeds[None],
+                self._schedule(prompt_embeds),
                 config,
                 sampling=replace(settings.sampling, renoise=lambda _, shape: draw(shape)),
                 embedding=self.embedding,
                 selection=ReplaySelection(chosen, SimilaritySelection()),
-                given=(journal.block(index).latents for index in range(journal.blocks)),
+                given=chain((journal.block(index).latents for index in range(journal.blocks)), given[journal.blocks :]),
                 budget=self.budget,
             )
             for index, block in enumerate(tqdm(finished_blocks, desc=path.stem[:40], total=blocks, unit="block")):
@@ -291,6 +297,36 @@ class Pipeline:
                 draw_retrieval(entries, config, self.latent_frames, seconds_per_frame, path.with_suffix(".png"))
         journal.remove()
         return usage
+
+    def _beginning(self, journal: Journal, begin: Callable[[], Tensor] | None) -> list[Tensor]:
+        """The blocks [1, F, C, H, W] that the video begins with."""
+        if begin is None:
+            return []
+        latents = journal.beginning()
+        if latents is None:
+            latents = begin()
+            journal.put_beginning(latents)
+        frames = self.settings.policy.block_frames
+        expected = (self.model.in_dim, *self.latent_size)
+        if latents.shape[1:] != expected or latents.shape[0] % frames or latents.shape[0] >= self.latent_frames:
+            raise ValueError(
+                f"the latents to begin with must be [n, {', '.join(map(str, expected))}], n a multiple of {frames} "
+                f"below {self.latent_frames}, got {list(latents.shape)}"
+            )
+        return list(latents[None].split(frames, dim=1))
+
+    def _schedule(self, prompts: Tensor | Sequence[tuple[float, Tensor]]) -> list[tuple[int, Tensor]]:
+        """As `stream` takes it. A prompt holds from the first block that begins at its time or later."""
+        timed = [(0.0, prompts)] if isinstance(prompts, Tensor) else prompts
+        factor, schedule = self.decoder.temporal_factor, []
+        for seconds, embeds in timed:
+            # Latent frame f > 0 begins with picture factor * (f - 1) + 1.
+            picture = seconds * self.settings.fps
+            frame = math.ceil((picture - 1) / factor - 1e-6) + 1 if picture > 0 else 0
+            if frame >= self.latent_frames:
+                raise ValueError(f"prompts must change before the video's end, got a change at {seconds:g}s")
+            schedule.append((frame, embeds[None]))
+        return schedule
 
     def _decode_after(self, finished_pictures: int, block: FinishedBlock) -> Tensor:
         """Those pictures of the block that are not finished, uint8 [N, H, W, 3]; what the decoder must see before them
