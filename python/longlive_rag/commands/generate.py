@@ -14,13 +14,21 @@ from longlive_rag.budget import Budget, BudgetOptions, format_bytes
 from longlive_rag.config import PAPER_STEPS, RetrievalConfig
 from longlive_rag.files import output_folder
 from longlive_rag.generation.prompts import PromptVideo, Script, enumerate_videos, read_scripts, script_of
-from longlive_rag.generation.wan_files import BACKBONES, WanFiles, find_checkpoint, find_wan_files, from_where
+from longlive_rag.generation.wan_files import (
+    BACKBONES,
+    WanFiles,
+    find_checkpoint,
+    find_tiny_decoder,
+    find_wan_files,
+    from_where,
+)
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from longlive_rag.generation.beginning import Beginning
+    from longlive_rag.generation.decoder import Decoder
     from longlive_rag.generation.pipeline import Pipeline, VideoSettings
     from longlive_rag.ranks import Ranks
 
@@ -48,7 +56,7 @@ class Generate:
             "output", "prompt", "prompt_at", "prompts", "image", "video", "seconds", "fps", "height", "width", "replay",
             "overwrite",
         ),
-        "weights": ("backbone", "wan_dir", "checkpoint", "weights", "lora", "lora_alpha", "embedding"),
+        "weights": ("backbone", "wan_dir", "checkpoint", "weights", "decoder", "lora", "lora_alpha", "embedding"),
         "context policy": ("policy",),
         "sampling": ("denoising_steps", "timestep_shift", "context_noise", "seed"),
         "machine": ("device", "dtype", "low_memory", "memory", "rebuild"),
@@ -63,6 +71,9 @@ class Generate:
     """Folder for the videos; created if it is missing."""
     checkpoint: Path | None = None
     """Weights of the transformer: .pt, .safetensors, an index of shards, or a folder."""
+    decoder: Literal["wan", "tiny"] = "wan"
+    """What makes pictures of latents: Wan's VAE, or taehv's imitation of it, much faster and less sharp, whose file
+    taew2_1 must lie in --wan-dir."""
     lora: Path | None = None
     """LoRA to merge into the weights (LongLive has one)."""
     lora_alpha: float | None = None
@@ -134,6 +145,8 @@ class Generate:
             if path is not None and not path.exists():
                 raise FileNotFoundError(f"{name} file {path} does not exist")
         files = find_wan_files(self.wan_dir)
+        if self.decoder == "tiny":
+            find_tiny_decoder(self.wan_dir)
         for package in ("diffusers", "transformers", "ftfy"):
             importlib.import_module(package)
         published_lora = BACKBONES[self.backbone].lora
@@ -151,6 +164,7 @@ class Generate:
             "lora_alpha": self.lora_alpha,
             "embedding": self.embedding.name if self.embedding else None,
             "dtype": str(dtype).removeprefix("torch."),
+            "decoder": None if self.decoder == "wan" else self.decoder,
             "beginning": beginning.identity if beginning else None,
         }
         output = output_folder(self.output)
@@ -279,6 +293,7 @@ class Generate:
     ) -> Pipeline:
         from longlive_rag.embedding import AveragePool, Embedding, LatentAutoencoder
         from longlive_rag.generation.pipeline import Pipeline
+        from longlive_rag.generation.tiny_decoder import TinyDecoder
         from longlive_rag.generation.wan_vae import StreamingDecoder
         from longlive_rag.models.checkpoints import load_causal_wan
 
@@ -300,7 +315,11 @@ class Generate:
                     f"{model.in_dim}"
                 )
             embedding = autoencoder
-        decoder = StreamingDecoder.from_files(files, device=device, dtype=dtype)
+        decoder: Decoder
+        if self.decoder == "tiny":
+            decoder = TinyDecoder.from_file(find_tiny_decoder(self.wan_dir), device=device, dtype=dtype)
+        else:
+            decoder = StreamingDecoder.from_files(files, device=device, dtype=dtype)
         return Pipeline(model, decoder, embedding, settings, low_memory=self.low_memory, budget=budget)
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,11 @@ from longlive_rag.budget import Budget, format_bytes
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.embedding import Embedding
 from longlive_rag.files import write_json
+from longlive_rag.generation.decoder import Decoder
 from longlive_rag.generation.journal import Journal, JournalBlock
 from longlive_rag.generation.rollout import FinishedBlock, stream
 from longlive_rag.generation.sampling import PAPER_SAMPLING, Sampling
-from longlive_rag.generation.video import Frames, VideoWriter
-from longlive_rag.generation.wan_vae import StreamingDecoder
+from longlive_rag.generation.video import VideoWriter
 from longlive_rag.memory import Retrieval
 from longlive_rag.models import CausalWanModel
 from longlive_rag.retrieval_log import draw_retrieval, recorded_retrieval, retrieval_entries
@@ -116,7 +117,7 @@ class Pipeline:
 
     Args:
         model: the transformer.
-        decoder: the VAE.
+        decoder: makes pictures of latents, as Wan's VAE does.
         embedding: what memory is searched by.
         settings: of every video.
         low_memory: keep the VAE off the GPU while the transformer works.
@@ -129,7 +130,7 @@ class Pipeline:
     def __init__(
         self,
         model: CausalWanModel,
-        decoder: StreamingDecoder,
+        decoder: Decoder,
         embedding: Embedding,
         settings: VideoSettings,
         *,
@@ -151,6 +152,8 @@ class Pipeline:
         self.latent_frames = settings.latent_frames(decoder.temporal_factor)
         self.budget = budget or Budget()
         self._check_room()
+        if self.device.type == "cuda":
+            self._decoding = torch.cuda.Stream(self.device)
         if low_memory:
             decoder.offload()
 
@@ -242,7 +245,7 @@ class Pipeline:
 
         retrieved: list[Retrieval] = []
         self.decoder.reset()
-        # One block is written while the next is made, so there are never more than two.
+        # One block is decoded and written while the next is made, so there are never more than two.
         writing: Future[None] | None = None
         with (
             VideoWriter(
@@ -267,13 +270,14 @@ class Pipeline:
                 budget=self.budget,
             )
             for index, block in enumerate(tqdm(finished_blocks, desc=path.stem[:40], total=blocks, unit="block")):
-                made = None
-                if index >= journal.blocks:
-                    made = JournalBlock(block.latents.cpu(), generator.get_state(), block.retrieval)
-                pictures = self._decode_after(finished_pictures, block)
+                state = generator.get_state() if index >= journal.blocks else None
                 if writing is not None:
                     writing.result()
-                writing = writers.submit(_finish_block, journal, writer, index, made, pictures.numpy())
+                finish = partial(self._finish_block, journal, writer, index, state, finished_pictures, block)
+                if self.low_memory:
+                    finish()  # the decoder may be on the GPU only while the transformer rests
+                else:
+                    writing = writers.submit(self._beside, self._made_so_far(), finish)
                 if block.retrieval is not None:
                     retrieved.append(block.retrieval)
                 usage = block.usage
@@ -297,6 +301,38 @@ class Pipeline:
                 draw_retrieval(entries, config, self.latent_frames, seconds_per_frame, path.with_suffix(".png"))
         journal.remove()
         return usage
+
+    def _finish_block(
+        self,
+        journal: Journal,
+        writer: VideoWriter,
+        index: int,
+        state: Tensor | None,
+        finished_pictures: int,
+        block: FinishedBlock,
+    ) -> None:
+        """Record a block, decode it, and write its pictures.
+
+        Args:
+            state: of the random numbers after the block; None: it is recorded already.
+        """
+        if state is not None:
+            journal.put_block(index, JournalBlock(block.latents.cpu(), state, block.retrieval))
+        writer.write(self._decode_after(finished_pictures, block).numpy())
+
+    def _made_so_far(self) -> torch.cuda.Event | None:
+        """Marks what the GPU was given to do so far."""
+        return torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+
+    def _beside(self, made: torch.cuda.Event | None, finish: Callable[[], None]) -> None:
+        """Run `finish` while the transformer goes on: on a GPU, on a stream of its own, after `made`."""
+        if made is None:
+            return finish()
+        with torch.cuda.device(self.device), torch.cuda.stream(self._decoding):
+            self._decoding.wait_event(made)
+            finish()
+            # Before the block's latents are given back to the stream that they come from.
+            self._decoding.synchronize()
 
     def _beginning(self, journal: Journal, begin: Callable[[], Tensor] | None) -> list[Tensor]:
         """The blocks [1, F, C, H, W] that the video begins with."""
@@ -361,11 +397,3 @@ class Pipeline:
                 f"{format_bytes(context * self.frame_bytes)} or {format_bytes(self.frame_bytes)} for each, got "
                 f"{format_bytes(room)}; choose a smaller context or video size"
             )
-
-
-def _finish_block(
-    journal: Journal, writer: VideoWriter, index: int, made: JournalBlock | None, pictures: Frames
-) -> None:
-    if made is not None:
-        journal.put_block(index, made)
-    writer.write(pictures)
