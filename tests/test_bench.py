@@ -9,6 +9,7 @@ import torch
 from longlive_rag import cli, ops
 from longlive_rag.bench import attend, attend_sweep, common, encoder, retrieve
 from longlive_rag.native import cuda_status
+from longlive_rag.ops._attend_arguments import Arguments
 
 without_gpu = pytest.mark.skipif(
     cuda_status().available, reason="takes minutes on a GPU, where benchmarks/on_gpu.sh runs it"
@@ -70,9 +71,7 @@ def test_a_sweep_needs_a_hopper_gpu_and_attend(
 def test_every_variant_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sweep's own code, on a CPU, with the reference in place of the kernels that it forces."""
 
-    def launch(
-        variant: attend_sweep.Variant, arguments: attend.Arguments, out: torch.Tensor, lse: torch.Tensor
-    ) -> None:
+    def launch(variant: attend_sweep.Variant, arguments: Arguments, out: torch.Tensor, lse: torch.Tensor) -> None:
         launched.append(variant)
         for buffer, result in zip((out, lse), ops.attend(*arguments, return_lse=True), strict=True):
             buffer.copy_(result)
