@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -55,6 +56,21 @@ def test_rows_survive_a_case_that_does_not_fit(
     written = json.loads(results.read_text())
     assert [row["case"] for row in written["rows"]] == ["small"]
     assert written["out_of_memory"] == ["retrieve: large"]
+
+
+def test_an_interrupted_run_keeps_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> common.Row:
+        raise KeyboardInterrupt
+
+    row = common.Row("retrieve", "small", 1e-3)
+    monkeypatch.setattr(retrieve, "cases", lambda machine: {"small": lambda: row, "large": interrupted})
+    results = tmp_path / "results.json"
+    with contextlib.suppress(KeyboardInterrupt):
+        cli.main(["bench", "retrieve", "--json", str(results)])
+    assert "retrieve  small  1.00 ms" in capsys.readouterr().out
+    assert [row["case"] for row in json.loads(results.read_text())["rows"]] == ["small"]
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def backend(module: ModuleType, hopper: bool = False) -> Iterator[list[str]]:
             calls.append(self._names.get(name, name))
             return getattr(self._recorded, name)
 
-        def AttendPlan(self, *sizes: object) -> object:  # noqa: N802
+        def AttendPlan(self, *sizes: object) -> object:
             return Recorded(module.AttendPlan(*sizes), {"launch": "attend"})
 
     recorded, library = Recorded(module, {}), torch.library.Library("longlive_rag", "IMPL")
