@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -68,6 +68,14 @@ def _measure_process(name: str, sizes: Sizes, dtype: str) -> None:
     small = random_arguments(Sizes(1, sizes.head_dim, 16, 1, 2), DTYPES[dtype], torch.device("cpu"))
     IMPLEMENTATIONS[name](small, 1.0)  # what PyTorch allocates once
     arguments = random_arguments(sizes, DTYPES[dtype], torch.device("cpu"))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux. The peak that getrusage tells includes that of the process which started this one.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _peak_kilobytes()
     IMPLEMENTATIONS[name](arguments, sizes.head_dim**-0.5)
-    print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    print(1024 * (_peak_kilobytes() - before))
+
+
+def _peak_kilobytes() -> int:
+    """What this process held at most since its peak was reset."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1])
