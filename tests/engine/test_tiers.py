@@ -323,7 +323,10 @@ def test_a_damaged_file_is_never_a_wrong_frame(fault: str, tmp_path: Path) -> No
             os.pwrite(tier._file.fileno(), bytes([byte ^ 1]), place * PAGE)
     else:
         os.ftruncate(tier._file.fileno(), 10)
-    message = {"altered": "does not hold what was written: the checksum of frame", "cut": "ends early"}[fault]
+    message = "does not hold what was written: the checksum of frame"
+    if fault == "cut":
+        # Unless the thread has written behind the cut by then: the hole reads as zeros.
+        message = f"ends early|{message}"
     with pytest.raises(OSError, match=message):
         for _ in run(engine, 60, first=30):
             pass
