@@ -39,8 +39,8 @@ class Bench:
         "block",
         "encoder",
     )
-    """What to measure. portable, PyTorch's attention beside the definition, and decode, latents to pictures, are measured
-    only when they are asked for."""
+    """What to measure. portable, PyTorch's attention beside the definition, and decode, latents to pictures, are
+    measured only when they are asked for."""
     sweep: bool = False
     """With attend, on a Hopper GPU: more sizes, every variant of the kernel, and what the rotation costs."""
     json: Path | None = None
