@@ -8,6 +8,7 @@ watched while it is made.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,5 +59,5 @@ def decoder_of(what: str, device: torch.device, dtype: torch.dtype) -> Decoder:
         return TinyDecoder(tiny_layers(CHANNELS, 1).to(device, dtype))
     from diffusers import AutoencoderKLWan
 
-    vae = AutoencoderKLWan().eval().requires_grad_(False)
-    return StreamingDecoder(nn.Module.to(vae, device, dtype))  # its own warns, and casts as this one does
+    vae: Any = AutoencoderKLWan()
+    return StreamingDecoder(nn.Module.to(vae.eval().requires_grad_(False), device, dtype))  # its own method warns
