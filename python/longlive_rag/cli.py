@@ -49,6 +49,9 @@ COMMANDS = {
     ),
     "evaluate": Command("longlive_rag.commands.evaluate", "Evaluate", "how far videos drift", "measure"),
     "bench": Command("longlive_rag.commands.bench", "Bench", "how fast the operations run here", "measure"),
+    "bench-memory": Command(
+        "longlive_rag.commands.bench_memory", "BenchMemory", "which memory keeps a long video true to itself", "measure"
+    ),
 }
 
 _SENTENCE = "Long videos from autoregressive diffusion models, with retrieval memory."

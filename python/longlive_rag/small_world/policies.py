@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from longlive_rag.config import Query, RetrievalConfig
+from longlive_rag.embedding import Embedding
 from longlive_rag.selection import (
     OracleSelection,
     RandomSelection,
@@ -29,6 +30,8 @@ class Policy:
     config: RetrievalConfig
     selection: Callable[[world.Walk, int], Selection] | None = None
     """Makes the selection for a camera walk and a seed."""
+    embedding: Callable[[], Embedding] | None = None
+    """Loads what memory is searched by; default the track's own encoder."""
 
 
 def _memory(query: Query = "latest", recency_guard: int = 0) -> RetrievalConfig:
