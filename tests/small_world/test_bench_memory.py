@@ -23,7 +23,8 @@ def few_cells(monkeypatch):
 
 
 def test_a_stopped_benchmark_goes_on(tmp_path, few_cells):
-    path, sizes, heard = tmp_path / "memory.json", {"cuts": Size(laps=2, videos=2)}, []
+    path, sizes = tmp_path / "memory.json", {"cuts": Size(laps=2, videos=2)}
+    heard: list[int] = []
     record = bench_memory.Record(path, sizes, tmp_path)
     next(bench_memory.run(record, heard.append))
     assert sum(heard) == 40

@@ -25,7 +25,7 @@ class BenchMemory:
     """File for the results."""
     output: Path | None = None
     """Folder for one picture per track; created if it is missing."""
-    tracks: list[str] | None = None
+    tracks: tuple[str, ...] = ()
     """Tracks to measure; default all."""
     videos: int | None = None
     """Videos per cell, at least 2; default what each track's published figures have."""
@@ -43,7 +43,7 @@ class BenchMemory:
         from longlive_rag.small_world.tracks import TRACKS
         from longlive_rag.small_world.tracks.track import Size
 
-        for name in self.tracks or []:
+        for name in self.tracks:
             if name not in TRACKS:
                 raise ValueError(f"--tracks must be among {', '.join(TRACKS)}, got {name!r}")
         for option, value, least in (("videos", self.videos, 2), ("laps", self.laps, 2), ("workers", self.workers, 1)):

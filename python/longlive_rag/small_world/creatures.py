@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from longlive_rag.small_world import world
+from longlive_rag.small_world.backbone import ASSETS, load_weights
 
 ATTRIBUTES = (
     "hue",
@@ -148,8 +149,8 @@ class Reader(nn.Module):
     def forward(self, crops: Tensor, spots: Tensor) -> Tensor:
         """Crops [N, CELL, CELL, 3] float, 0 .. 255, on spots [N] to coordinates [N, DIRECTIONS] as of `coordinates`."""
         behind = torch.from_numpy(backgrounds())[spots]
-        both = torch.cat([crops, crops - behind], dim=-1).permute(0, 3, 1, 2) / 127.5 - 1
-        return self.layers(both)
+        both = torch.cat([crops - 127.5, crops - behind], dim=-1) / 64
+        return self.layers(both.permute(0, 3, 1, 2))
 
     @torch.no_grad()
     def read(self, crops: np.ndarray, spots: np.ndarray) -> np.ndarray:
@@ -167,3 +168,11 @@ def coordinates(creatures: np.ndarray) -> np.ndarray:
     angle = 2 * np.pi * creatures[..., CIRCULAR]
     circles = np.stack([np.cos(angle), np.sin(angle)], axis=-1).reshape(*creatures.shape[:-1], -1)
     return np.concatenate([creatures[..., ~CIRCULAR] - 0.5, 0.5 * circles], axis=-1).astype(np.float32)
+
+
+@cache
+def load_reader() -> Reader:
+    """The bundled reader; raises as `backbone.load_codec`."""
+    reader = Reader()
+    load_weights(reader, ASSETS / "drift_reader.safetensors")
+    return reader.eval().requires_grad_(False)
