@@ -180,7 +180,7 @@ DRIFT = DriftTrack(
     "drift",
     "Twelve laps through four places: do those who live there stay what they were?",
     size=Size(laps=12, videos=24),
-    quick=Size(laps=6, videos=2),
+    quick=Size(laps=4, videos=2),
     policies=DRIFT_POLICIES,
     settings=("given", "generated"),
     period=LAP,
