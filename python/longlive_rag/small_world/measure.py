@@ -100,11 +100,8 @@ def generate(
     videos: int,
     given: Tensor | None = None,
     embedding: Embedding | None = None,
-<<<<<<< HEAD
     budget: Budget | None = None,
-=======
     prompts: list[tuple[int, Tensor]] | None = None,
->>>>>>> wt/drift
 ) -> Iterator[FinishedBlock]:
     """Stream `videos` videos of one policy.
 
