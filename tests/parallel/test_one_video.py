@@ -148,7 +148,7 @@ def held(ranks: int, group: object = None) -> list[tuple[int, int]]:
         group=group,  # type: ignore[arg-type]
     )
     usage = list(blocks)[-1].usage
-    return [tuple(tier) for tier in (usage.device, usage.host)]
+    return [(tier.frames, tier.bytes) for tier in (usage.device, usage.host)]
 
 
 @cache

@@ -65,6 +65,7 @@ def _be_rank(
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", rank=rank, world_size=world, store=dist.FileStore(store, world))
+    said: tuple[bool, bytes | str]
     try:
         # Pickled here: torch would share the tensors through files that end with this process.
         said = True, pickle.dumps(work(rank, *arguments))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from longlive_rag.generation.pipeline import Pipeline, VideoSettings
+    from longlive_rag.parallel.team import Team
     from longlive_rag.ranks import Ranks
 
 
@@ -39,7 +40,8 @@ class Generate:
 
     Writes one video per prompt, which can be watched while it grows, with a log of what each block retrieved (JSON and
     PNG) next to it. A run that was stopped in whatever way goes on after its last finished block when it is started
-    again: the videos are the same as without the stop. Under torchrun, the processes share the prompts.
+    again: the videos are the same as without the stop. Under torchrun, the processes share the prompts; with
+    --sequence-parallel, so many of them make each video together.
 
     Examples:
       longlive-rag generate --backbone self-forcing \\
@@ -48,6 +50,9 @@ class Generate:
       torchrun --nproc-per-node 8 --no-python longlive-rag generate \\
           --backbone longlive --checkpoint longlive_base.pt --lora lora.pt \\
           --wan-dir Wan2.1-T2V-1.3B --prompts prompts.txt --output videos
+      torchrun --nproc-per-node 4 --no-python longlive-rag generate --sequence-parallel 4 \\
+          --backbone self-forcing --checkpoint self_forcing_dmd.pt --wan-dir Wan2.1-T2V-1.3B \\
+          --prompt "A red fox walks through snow" --output videos
     """
 
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -55,7 +60,7 @@ class Generate:
         "weights": ("backbone", "wan_dir", "checkpoint", "weights", "lora", "lora_alpha", "embedding"),
         "context policy": ("policy",),
         "sampling": ("denoising_steps", "timestep_shift", "context_noise", "seed"),
-        "machine": ("device", "dtype", "low_memory", "memory", "rebuild"),
+        "machine": ("device", "dtype", "sequence_parallel", "low_memory", "memory", "rebuild"),
     }
 
     backbone: Literal["self-forcing", "causal-forcing", "longlive", "wan"]
@@ -100,6 +105,9 @@ class Generate:
     """cpu, cuda, cuda:N or auto: the GPU if there is one, under torchrun that of the process."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Precision of weights and memory; auto is bfloat16 on a GPU and float32 on a CPU."""
+    sequence_parallel: int = 1
+    """Processes, of those that torchrun starts, that make each video together; must divide the attention heads. Memory
+    options are for each of them."""
     low_memory: bool = False
     """Run the text encoder on the CPU, and keep the VAE there while the transformer runs."""
     memory: BudgetOptions = field(default_factory=BudgetOptions)
@@ -115,7 +123,7 @@ class Generate:
     def run(self) -> int:
         import torch
 
-        from longlive_rag.generation.pipeline import video_journal
+        from longlive_rag.parallel.team import join_team
         from longlive_rag.ranks import Ranks
 
         settings, prompts = self._settings(), self._prompts()
@@ -143,8 +151,51 @@ class Generate:
             "dtype": str(dtype).removeprefix("torch."),
         }
         output = output_folder(self.output)
-        videos = list(enumerate_videos(prompts, output))[ranks.rank :: ranks.world]
         replay = None if self.replay is None else _replayed(self.replay, prompts, facts, settings)
+        with join_team(ranks, self.sequence_parallel, device) as team:
+            videos = list(enumerate_videos(prompts, output))[team.number :: team.teams]
+            todo = team.from_first(lambda: self._todo(videos, facts, settings, replay, budget, device))
+            if team.first and len(todo) < len(videos):
+                print(f"{len(videos) - len(todo)} of {len(videos)} videos are there already.")
+            if not todo:
+                return 0
+
+            embeds = team.from_first(lambda: self._encode([video.prompt for video in todo], files, device, dtype))
+            pipeline = self._load(checkpoint, files, settings, embeds[0].shape[-1], device, dtype, budget, team)
+            if team.first:
+                together = f"{team.ranks} ranks, the first " if team.ranks > 1 else ""
+                print(
+                    f"{len(todo)} videos of {pipeline.latent_frames} latent frames on {together}{device}; keys and "
+                    f"values take {format_bytes(pipeline.held_frames * pipeline.frame_bytes)} in all"
+                    f"{' on each rank' if together else ''}."
+                )
+            for video, prompt_embeds in zip(todo, embeds, strict=True):
+                more = {"prompt": video.prompt, **facts}
+                try:
+                    usage = pipeline.generate(
+                        prompt_embeds.to(device), video.path, more, replay=replay, overwrite=self.overwrite
+                    )
+                except (MemoryError, torch.OutOfMemoryError) as error:
+                    raise ValueError(
+                        f"{video.path.name} could not be finished: {error}; the same command goes on after its last "
+                        f"finished block, also with less memory"
+                    ) from error
+                if team.first:
+                    print(f"Written: {video.path}\nKeys and values in the end: {usage}", flush=True)
+        return 0
+
+    def _todo(
+        self,
+        videos: list[PromptVideo],
+        facts: dict[str, Any],
+        settings: VideoSettings,
+        replay: list[dict[str, Any]] | None,
+        budget: Budget,
+        device: torch.device,
+    ) -> list[PromptVideo]:
+        """Those that are not there yet. ValueError: one was begun or made with other settings."""
+        from longlive_rag.generation.pipeline import video_journal
+
         todo = []
         for video in videos:
             journal = video_journal(video.path, {"prompt": video.prompt, **facts}, settings, replay, budget, device)
@@ -155,30 +206,7 @@ class Generate:
             else:
                 journal.check()
                 todo.append(video)
-        if len(todo) < len(videos):
-            print(f"{len(videos) - len(todo)} of {len(videos)} videos are there already.")
-        if not todo:
-            return 0
-
-        embeds = self._encode([video.prompt for video in todo], files, device, dtype)
-        pipeline = self._load(checkpoint, files, settings, embeds[0].shape[-1], device, dtype, budget)
-        print(
-            f"{len(todo)} videos of {pipeline.latent_frames} latent frames on {device}; "
-            f"keys and values take {format_bytes(pipeline.held_frames * pipeline.frame_bytes)} in all."
-        )
-        for video, prompt_embeds in zip(todo, embeds, strict=True):
-            more = {"prompt": video.prompt, **facts}
-            try:
-                usage = pipeline.generate(
-                    prompt_embeds.to(device), video.path, more, replay=replay, overwrite=self.overwrite
-                )
-            except (MemoryError, torch.OutOfMemoryError) as error:
-                raise ValueError(
-                    f"{video.path.name} could not be finished: {error}; the same command goes on after its last "
-                    f"finished block, also with less memory"
-                ) from error
-            print(f"Written: {video.path}\nKeys and values in the end: {usage}", flush=True)
-        return 0
+        return todo
 
     def _settings(self) -> VideoSettings:
         from longlive_rag.generation.pipeline import VideoSettings
@@ -250,6 +278,7 @@ class Generate:
         device: torch.device,
         dtype: torch.dtype,
         budget: Budget,
+        team: Team,
     ) -> Pipeline:
         from longlive_rag.embedding import AveragePool, Embedding, LatentAutoencoder
         from longlive_rag.generation.pipeline import Pipeline
@@ -274,8 +303,10 @@ class Generate:
                     f"{model.in_dim}"
                 )
             embedding = autoencoder
-        decoder = StreamingDecoder.from_files(files, device=device, dtype=dtype)
-        return Pipeline(model, decoder, embedding, settings, low_memory=self.low_memory, budget=budget)
+        # The first rank decodes; the others only read the sizes.
+        decoder = StreamingDecoder.from_files(files, device=device if team.first else "cpu", dtype=dtype)
+        low_memory = self.low_memory and team.first
+        return Pipeline(model, decoder, embedding, settings, low_memory=low_memory, budget=budget, team=team)
 
 
 def enumerate_videos(prompts: list[str], output: Path) -> Iterator[PromptVideo]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from longlive_rag.generation.video import Frames, VideoWriter
 from longlive_rag.generation.wan_vae import StreamingDecoder
 from longlive_rag.memory import Retrieval
 from longlive_rag.models import CausalWanModel
+from longlive_rag.parallel.team import Team
 from longlive_rag.retrieval_log import draw_retrieval, recorded_retrieval, retrieval_entries
 from longlive_rag.selection import ReplaySelection, SimilaritySelection
 from longlive_rag.tiers.pages import frame_bytes
@@ -100,14 +102,27 @@ def video_journal(
     replay: Sequence[dict[str, Any]] | None,
     budget: Budget,
     device: torch.device,
+    ranks: int = 1,
 ) -> Journal:
-    """The journal of a video, not opened yet; the arguments are those of `Pipeline` and its `generate`."""
+    """The journal of a video, not opened yet; the arguments are those of `Pipeline` and its `generate`, and how many
+    ranks make it."""
     digest = None if replay is None else hashlib.sha256(json.dumps(replay).encode()).hexdigest()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    name = f"{ranks} x {name}" if ranks > 1 else name
     # Frames that come back from below the device are not what they were.
     changing = {"replay": digest, "page_bits": budget.bits, "rebuild": budget.rebuild}
     notes = {"version": longlive_rag.__version__, "torch": torch.__version__, "device": name}
     return Journal(path, {**facts, **settings.flat(), **changing}, notes)
+
+
+class Finished(NamedTuple):
+    """What is finished of a video."""
+
+    blocks: int
+    retrieved: list[Retrieval]
+    """By these blocks."""
+    random_state: Tensor | None
+    """Of the generator after their last draw."""
 
 
 class Pipeline:
@@ -119,7 +134,8 @@ class Pipeline:
         embedding: what memory is searched by.
         settings: of every video.
         low_memory: keep the VAE off the GPU while the transformer works.
-        budget: of keys and values, in bytes (see `RetrievalMemory`).
+        budget: of keys and values, in bytes (see `RetrievalMemory`), of each rank.
+        team: the processes that make each video together, of which the first decodes and writes.
 
     Raises:
         ValueError: the parts do not fit together, or the device has no room for the context of a single block.
@@ -134,7 +150,9 @@ class Pipeline:
         *,
         low_memory: bool = False,
         budget: Budget | None = None,
+        team: Team | None = None,
     ) -> None:
+        self.team = team or Team()
         self.model, self.decoder, self.embedding, self.settings = model, decoder, embedding, settings
         self.low_memory = low_memory
         self.device = model.patch_embedding.weight.device
@@ -161,11 +179,11 @@ class Pipeline:
 
     @property
     def frame_bytes(self) -> int:
-        """Bytes of keys and values per latent frame."""
+        """Bytes of keys and values per latent frame, on each rank."""
         rows, columns = self.model.token_grid(*self.latent_size)
         return frame_bytes(
             layers=self.model.num_layers,
-            heads=self.model.num_heads,
+            heads=self.model.num_heads // self.team.ranks,
             tokens=rows * columns,
             head_dim=self.model.head_dim,
             dtype=self.model.patch_embedding.weight.dtype,
@@ -202,13 +220,17 @@ class Pipeline:
             OSError: a file cannot be written, because the disk is full for example.
         """
         settings, config = self.settings, self.settings.policy
-        journal = video_journal(path, facts, settings, replay, self.budget, self.device)
-        if overwrite:
-            journal.remove_others()
-        journal.open()
+        journal = video_journal(path, facts, settings, replay, self.budget, self.device, self.team.ranks)
+        finished = self.team.from_first(partial(self._finished, journal, overwrite))
         chosen = {} if replay is None else recorded_retrieval(replay, config, self.latent_frames)
-        chosen |= {block.block_start: (block.frames, block.similarity) for block in journal.retrieved}
+        chosen |= {block.block_start: (block.frames, block.similarity) for block in finished.retrieved}
         blocks = self.latent_frames // config.block_frames
+        generator = torch.Generator().manual_seed(settings.sampling.seed)
+        finished_blocks = self._stream(prompt_embeds, journal, finished, chosen, generator)
+        if not self.team.first:
+            for block in finished_blocks:
+                usage = block.usage
+            return usage
         for remark in journal.remarks:
             print(remark)
         if journal.blocks:
@@ -218,21 +240,6 @@ class Pipeline:
                 f"their keys and values are computed again first.",
                 flush=True,
             )
-
-        block_shape = (1, config.block_frames, self.model.in_dim, *self.latent_size)
-        generator = torch.Generator().manual_seed(settings.sampling.seed)
-
-        # Drawn on the CPU, block by block: the same on every device, and a longer video begins like a shorter one.
-        def draw(shape: tuple[int, ...]) -> Tensor:
-            return torch.randn(shape, generator=generator).to(self.device)
-
-        def noise() -> Iterator[Tensor]:
-            for _ in range(journal.blocks):
-                yield torch.zeros(block_shape, device=self.device)  # these are finished
-            if journal.blocks:
-                generator.set_state(journal.block(journal.blocks - 1).random_state)
-            for _ in range(journal.blocks, blocks):
-                yield draw(block_shape)
 
         retrieved: list[Retrieval] = []
         self.decoder.reset()
@@ -249,17 +256,6 @@ class Pipeline:
             ThreadPoolExecutor(1) as writers,
         ):
             finished_pictures = writer.frames_written
-            finished_blocks = stream(
-                self.model,
-                noise(),
-                prompt_embeds[None],
-                config,
-                sampling=replace(settings.sampling, renoise=lambda _, shape: draw(shape)),
-                embedding=self.embedding,
-                selection=ReplaySelection(chosen, SimilaritySelection()),
-                given=(journal.block(index).latents for index in range(journal.blocks)),
-                budget=self.budget,
-            )
             for index, block in enumerate(tqdm(finished_blocks, desc=path.stem[:40], total=blocks, unit="block")):
                 made = None
                 if index >= journal.blocks:
@@ -291,6 +287,54 @@ class Pipeline:
                 draw_retrieval(entries, config, self.latent_frames, seconds_per_frame, path.with_suffix(".png"))
         journal.remove()
         return usage
+
+    def _finished(self, journal: Journal, overwrite: bool) -> Finished:
+        """Open the journal."""
+        if overwrite:
+            journal.remove_others()
+        journal.open()
+        state = journal.block(journal.blocks - 1).random_state if journal.blocks else None
+        return Finished(journal.blocks, journal.retrieved, state)
+
+    def _stream(
+        self,
+        prompt_embeds: Tensor,
+        journal: Journal,
+        finished: Finished,
+        chosen: Mapping[int, tuple[Sequence[Sequence[int]], Sequence[Sequence[float]]]],
+        generator: torch.Generator,
+    ) -> Iterator[FinishedBlock]:
+        """All blocks, the finished ones first."""
+        settings, config = self.settings, self.settings.policy
+        block_shape = (1, config.block_frames, self.model.in_dim, *self.latent_size)
+
+        # Drawn on the CPU, block by block: the same on every device, and a longer video begins like a shorter one.
+        def draw(shape: tuple[int, ...]) -> Tensor:
+            return torch.randn(shape, generator=generator).to(self.device)
+
+        def noise() -> Iterator[Tensor]:
+            for _ in range(finished.blocks):
+                yield torch.zeros(block_shape, device=self.device)  # these are finished
+            if finished.random_state is not None:
+                generator.set_state(finished.random_state)
+            for _ in range(finished.blocks, self.latent_frames // config.block_frames):
+                yield draw(block_shape)
+
+        def latents(index: int) -> Tensor:
+            return journal.block(index).latents
+
+        return stream(
+            self.model,
+            noise(),
+            prompt_embeds[None],
+            config,
+            sampling=replace(settings.sampling, renoise=lambda _, shape: draw(shape)),
+            embedding=self.embedding,
+            selection=ReplaySelection(chosen, SimilaritySelection()),
+            given=(self.team.from_first(partial(latents, index)) for index in range(finished.blocks)),
+            budget=self.budget,
+            group=self.team.group,
+        )
 
     def _decode_after(self, finished_pictures: int, block: FinishedBlock) -> Tensor:
         """Those pictures of the block that are not finished, uint8 [N, H, W, 3]; what the decoder must see before them

@@ -31,8 +31,16 @@ class Traffic:
     """What this rank has sent to the others, as it was counted."""
 
     exchanges: int = 0
-    """All-to-alls and all-gathers begun."""
+    """Begun, whether all-to-all or all-gather."""
     bytes: int = 0
+
+
+_total = Traffic()
+
+
+def exchanges_begun() -> int:
+    """By this process, in all groups: a rank that hangs has begun fewer than those that wait for it."""
+    return _total.exchanges
 
 
 class Shards:
@@ -147,6 +155,11 @@ class Shards:
         there, back = 3 * own * others * self.heads, (tokens - own) * self.heads
         return batch * frames * head_dim * itemsize * (there + back)
 
+    def _count(self, sent: int) -> None:
+        for traffic in (self.traffic, _total):
+            traffic.exchanges += 1
+            traffic.bytes += sent
+
     def _buffer(self, shape: Shape, like: Tensor, use: str) -> Tensor:
         key = (shape, like.dtype, use)
         if key not in self._buffers:
@@ -157,8 +170,7 @@ class Shards:
         self, received: Tensor, sent: Tensor, received_rows: list[int], sent_rows: list[int], wait: bool = True
     ) -> Any:
         """One all-to-all of rows: the first dimension of both tensors."""
-        self.traffic.exchanges += 1
-        self.traffic.bytes += (sum(sent_rows) - sent_rows[self.rank]) * sent[0].nbytes
+        self._count((sum(sent_rows) - sent_rows[self.rank]) * sent[0].nbytes)
         return dist.all_to_all_single(received, sent, received_rows, sent_rows, group=self.group, async_op=not wait)
 
 
@@ -256,8 +268,7 @@ def _gather(x: Tensor, tokens: int, shards: int) -> Tensor:
     sent = me._buffer((most, batch, frames, channels), x, "share sent")
     received = me._buffer((me.ranks * most, batch, frames, channels), x, "shares")
     sent[:own].copy_(x.permute(2, 0, 1, 3))
-    me.traffic.exchanges += 1
-    me.traffic.bytes += (me.ranks - 1) * sent.nbytes
+    me._count((me.ranks - 1) * sent.nbytes)
     shares = list(received.split(most))
     dist.all_gather(shares, sent, group=me.group)
     rows = [share[:count] for share, count in zip(shares, counts, strict=True)]
