@@ -96,7 +96,7 @@ class Agreement:
 
     def __init__(self, shards: Shards) -> None:
         self._shards = shards
-        self._said: tuple[int, Tensor] | None = None
+        self._said: tuple[int, Tensor, torch.cuda.Event | None] | None = None
 
     def note(self, start: int, latents: Tensor, forgotten: int) -> None:
         """Send what is to be compared of the block at `start`."""
@@ -105,7 +105,13 @@ class Agreement:
         own = torch.stack([digest, torch.full_like(digest, forgotten)])
         said = own.new_empty(self._shards.ranks, len(own))
         dist.all_gather(list(said), own, group=self._shards.group)
-        self._said = start, said
+        arrived = None
+        if said.is_cuda:
+            # A copy that is asked for later would wait for the work of the block after this one.
+            said = torch.empty(said.shape, dtype=said.dtype, pin_memory=True).copy_(said, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self._said = start, said, arrived
 
     def check(self) -> None:
         """
@@ -114,7 +120,9 @@ class Agreement:
         """
         if self._said is None:
             return
-        (start, said), self._said = self._said, None
+        (start, said, arrived), self._said = self._said, None
+        if arrived is not None:
+            arrived.synchronize()
         rows = said.tolist()
         for what, column in (("latents", 0), ("number of frames forgotten", 1)):
             others = [rank for rank, row in enumerate(rows) if row[column] != rows[0][column]]

@@ -62,15 +62,18 @@ class Watch:
         if self._ranks == 1:
             return self
         first = dist.get_global_rank(self._group, 0)
+        people: list[Any] = [None] * self._ranks
+        dist.all_gather_object(people, (socket.gethostname(), os.getpid()), group=self._group)
+        self._names = [f"{machine}, process {process}" for machine, process in people]
         box: list[Any] = [None]
         listener = None
         if self._rank == 0:
             key = secrets.token_bytes(16)
-            listener = Listener(("", 0), backlog=self._ranks, authkey=key)
-            box[0] = os.environ.get("MASTER_ADDR") or "127.0.0.1", listener.address[1], key
+            address = _address_for(machines={machine for machine, _ in people})
+            listener = Listener((address, 0), backlog=self._ranks, authkey=key)
+            box[0] = address, listener.address[1], key
         dist.broadcast_object_list(box, src=first, group=self._group)
         host, port, key = box[0]
-        names: list[Any] = [None] * self._ranks
         if listener is not None:
             peers: dict[int, Connection] = {}
             for _ in range(self._ranks - 1):
@@ -82,8 +85,6 @@ class Watch:
             lead = Client((host, port), authkey=key)
             lead.send(self._rank)
             work = threading.Thread(target=self._follow, args=(lead,), daemon=True)
-        dist.all_gather_object(names, f"{socket.gethostname()}, process {os.getpid()}", group=self._group)
-        self._names = names
         self._thread = work
         work.start()
         return self
@@ -188,3 +189,15 @@ def _tell(peers: dict[int, Connection], fault: Fault) -> None:
     for peer in peers.values():
         with contextlib.suppress(OSError):
             peer.send(fault)
+
+
+def _address_for(machines: set[str]) -> str:
+    """Of this process, where those on these machines find it."""
+    if len(machines) == 1:
+        return "127.0.0.1"
+    meeting = os.environ.get("MASTER_ADDR") or socket.gethostname()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((meeting, 9))  # sends nothing, but chooses the interface
+        address: str = probe.getsockname()[0]
+    # Loopback: the meeting point is on this machine, under the name by which the others know it.
+    return meeting if address.startswith("127.") else address
