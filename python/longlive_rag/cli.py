@@ -37,6 +37,12 @@ COMMANDS = {
     "demo": Command(
         "longlive_rag.commands.demo", "Demo", "one long video under every context policy, on any machine", "start here"
     ),
+    "plan": Command(
+        "longlive_rag.commands.plan",
+        "Plan",
+        "what a GPU has room for, and what moves while a video grows",
+        "make videos",
+    ),
     "generate": Command(
         "longlive_rag.commands.generate", "Generate", "long videos from a checkpoint and your prompts", "make videos"
     ),

@@ -22,8 +22,8 @@ class _Uncopied:
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise TypeError(
-            "a patched model cannot be copied, pickled or saved as a whole, since its copy would compute with the "
-            "original's weights; call unpatch() on what patch() returned first (its state_dict() can be saved any time)"
+            "a patched model cannot be copied, pickled or saved as a whole: the copy would compute with the original's "
+            "weights. First call unpatch() on what patch() returned; the state_dict() can be saved at any time"
         )
 
 

@@ -24,7 +24,7 @@ from longlive_rag.embedding import Embedding
 from longlive_rag.files import write_json
 from longlive_rag.generation.journal import Journal, JournalBlock
 from longlive_rag.generation.rollout import FinishedBlock, stream
-from longlive_rag.generation.sampling import PAPER_SAMPLING, Sampling
+from longlive_rag.generation.sampling import PAPER_SAMPLING, Sampling, upload
 from longlive_rag.generation.video import Frames, VideoWriter
 from longlive_rag.generation.wan_vae import StreamingDecoder
 from longlive_rag.memory import Retrieval
@@ -310,7 +310,7 @@ class Pipeline:
 
         # Drawn on the CPU, block by block: the same on every device, and a longer video begins like a shorter one.
         def draw(shape: tuple[int, ...]) -> Tensor:
-            return torch.randn(shape, generator=generator).to(self.device)
+            return upload(torch.randn(shape, generator=generator), self.device)
 
         def noise() -> Iterator[Tensor]:
             for _ in range(finished.blocks):

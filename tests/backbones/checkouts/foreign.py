@@ -92,12 +92,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
     def get_code(self, fullname: str) -> types.CodeType:
         tree = ast.parse(self.get_data(self.path), self.path)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                for alias in node.names:
-                    _double_if_missing(alias.name)
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                _double_if_missing(node.module, [alias.name for alias in node.names])
+        double_missing(tree)
         return compile(_TinySizes(self.sizes).visit(tree), self.path, "exec", dont_inherit=True)
 
     def exec_module(self, module: types.ModuleType) -> None:
@@ -122,6 +117,16 @@ class _Finder(importlib.abc.MetaPathFinder):
         loader.sizes = self._sizes
         spec.loader = loader
         return spec
+
+
+def double_missing(tree: ast.AST) -> None:
+    """Doubles in the place of whatever the code imports that is not installed."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                _double_if_missing(alias.name)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            _double_if_missing(node.module, [alias.name for alias in node.names])
 
 
 def _double_if_missing(name: str, parts: Sequence[str] = ()) -> None:
