@@ -16,9 +16,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Imports torch once; every rank is a fork of it.
+# Imports once what the tests import, which takes seconds; every rank is a fork of it.
 _processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["support.ranks", "longlive_rag", "longlive_rag.small_world.backbone"])
+_processes.set_forkserver_preload(
+    [
+        "support.ranks",
+        "pytest",
+        "torch._dynamo.testing",
+        "longlive_rag.generation.pipeline",
+        "longlive_rag.small_world.measure",
+    ]
+)
 
 
 def start_ranks(
