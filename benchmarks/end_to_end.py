@@ -186,7 +186,8 @@ def measure_video(size: Size) -> dict[str, Any]:
     """What `longlive-rag generate` does for one video once everything is loaded, after a short video to warm up."""
     from diffusers import AutoencoderKLWan
 
-    from longlive_rag.generation.pipeline import Pipeline, VideoSettings
+    from longlive_rag.generation.pipeline import Pipeline
+    from longlive_rag.generation.settings import VideoSettings
     from longlive_rag.generation.wan_vae import StreamingDecoder
 
     model = transformer(size)

@@ -12,7 +12,7 @@ import torch
 
 from longlive_rag.budget import Budget, format_bytes
 from longlive_rag.config import RetrievalConfig
-from longlive_rag.generation.pipeline import VideoSettings
+from longlive_rag.generation.settings import VideoSettings
 from longlive_rag.models import CausalWanModel
 from longlive_rag.tiers.below import PASSING, STAGED
 from longlive_rag.tiers.device import unforeseen_bytes

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from longlive_rag.cli import main
 from longlive_rag.generation.journal import Journal
-from longlive_rag.generation.pipeline import Pipeline, VideoSettings
+from longlive_rag.generation.pipeline import Pipeline
 from longlive_rag.generation.prompts import Script, read_scripts, script_of
+from longlive_rag.generation.settings import VideoSettings
 from longlive_rag.generation.video import VideoWriter
 from longlive_rag.models import CausalWanModel
 from support.stopped_videos import FACTS, contents, tiny_pipeline

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from longlive_rag import RetrievalConfig, figures
 from longlive_rag.embedding import AveragePool
-from longlive_rag.generation.pipeline import Pipeline, VideoSettings, video_journal
+from longlive_rag.generation.pipeline import Pipeline, video_journal
 from longlive_rag.generation.sampling import Sampling
+from longlive_rag.generation.settings import VideoSettings
 from longlive_rag.generation.wan_vae import StreamingDecoder
 from longlive_rag.models import CausalWanModel
 

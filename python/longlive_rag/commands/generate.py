@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import gc
 import importlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from longlive_rag.budget import Budget, BudgetOptions, format_bytes
 from longlive_rag.config import PAPER_STEPS, RetrievalConfig
 from longlive_rag.files import output_folder
-from longlive_rag.generation.prompts import PromptVideo, Script, enumerate_videos, read_scripts, script_of
+from longlive_rag.generation.prompts import Script, enumerate_videos, read_scripts, script_of
 from longlive_rag.generation.wan_files import (
     BACKBONES,
     WanFiles,
@@ -29,7 +28,9 @@ if TYPE_CHECKING:
 
     from longlive_rag.generation.beginning import Beginning
     from longlive_rag.generation.decoder import Decoder
-    from longlive_rag.generation.pipeline import Pipeline, VideoSettings
+    from longlive_rag.generation.pipeline import Pipeline
+    from longlive_rag.generation.settings import VideoSettings
+    from longlive_rag.parallel.team import Team
     from longlive_rag.ranks import Ranks
 
 
@@ -39,7 +40,8 @@ class Generate:
 
     Writes one video per prompt, which can be watched while it grows, with a log of what each block retrieved (JSON and
     PNG) next to it. A run that was stopped in whatever way goes on after its last finished block when it is started
-    again: the videos are the same as without the stop. Under torchrun, the processes share the prompts.
+    again: the videos are the same as without the stop. Under torchrun, the processes share the prompts; with
+    --sequence-parallel, so many of them make each video together.
 
     Examples:
       longlive-rag generate --backbone self-forcing \\
@@ -48,6 +50,9 @@ class Generate:
       torchrun --nproc-per-node 8 --no-python longlive-rag generate \\
           --backbone longlive --checkpoint longlive_base.pt --lora lora.pt \\
           --wan-dir Wan2.1-T2V-1.3B --prompts prompts.txt --output videos
+      torchrun --nproc-per-node 4 --no-python longlive-rag generate --sequence-parallel 4 \\
+          --backbone self-forcing --checkpoint self_forcing_dmd.pt --wan-dir Wan2.1-T2V-1.3B \\
+          --prompt "A red fox walks through snow" --output videos
     """
 
     # fmt: off
@@ -59,7 +64,7 @@ class Generate:
         "weights": ("backbone", "wan_dir", "checkpoint", "weights", "decoder", "lora", "lora_alpha", "embedding"),
         "context policy": ("policy",),
         "sampling": ("denoising_steps", "timestep_shift", "context_noise", "seed"),
-        "machine": ("device", "dtype", "low_memory", "memory", "rebuild"),
+        "machine": ("device", "dtype", "sequence_parallel", "low_memory", "memory", "rebuild"),
     }
     # fmt: on
 
@@ -115,6 +120,9 @@ class Generate:
     """cpu, cuda, cuda:N or auto: the GPU if there is one, under torchrun that of the process."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Precision of weights and memory; auto is bfloat16 on a GPU and float32 on a CPU."""
+    sequence_parallel: int = 1
+    """Processes, of those that torchrun starts, that make each video together; must divide the attention heads. Memory
+    options are for each of them."""
     low_memory: bool = False
     """Run the text encoder on the CPU, and keep the VAE there while the transformer runs."""
     memory: BudgetOptions = field(default_factory=BudgetOptions)
@@ -130,7 +138,8 @@ class Generate:
     def run(self) -> int:
         import torch
 
-        from longlive_rag.generation.pipeline import video_journal
+        from longlive_rag.generation.existing import replayed, unfinished, video_facts
+        from longlive_rag.parallel.team import join_team
         from longlive_rag.ranks import Ranks
 
         settings, scripts = self._settings(), self._scripts()
@@ -168,50 +177,49 @@ class Generate:
             "beginning": beginning.identity if beginning else None,
         }
         output = output_folder(self.output)
-        videos = list(enumerate_videos(scripts, output))[ranks.rank :: ranks.world]
-        replay = None if self.replay is None else _replayed(self.replay, scripts, facts, settings)
-        todo = []
-        for video in videos:
-            journal = video_journal(video.path, _facts(video.script, facts), settings, replay, budget, device)
-            if self.overwrite:
-                todo.append(video)
-            elif _is_done(video, facts, settings):
-                journal.remove_finished()
-            else:
-                journal.check()
-                todo.append(video)
-        if len(todo) < len(videos):
-            print(f"{len(videos) - len(todo)} of {len(videos)} videos are there already.")
-        if not todo:
-            return 0
+        replay = None if self.replay is None else replayed(self.replay, scripts, facts, settings)
+        with join_team(ranks, self.sequence_parallel, device) as team:
+            videos = list(enumerate_videos(scripts, output))[team.number :: team.teams]
+            todo = videos
+            if not self.overwrite:
+                todo = team.from_first(lambda: unfinished(videos, facts, settings, replay, budget, device))
+            if team.first and len(todo) < len(videos):
+                print(f"{len(videos) - len(todo)} of {len(videos)} videos are there already.")
+            if not todo:
+                return 0
 
-        texts = [text for video in todo for text in video.script.texts]
-        embeds = self._encode(texts, files, device, dtype)
-        begin = None if beginning is None else _begin(beginning, files, device, dtype)
-        pipeline = self._load(checkpoint, files, settings, embeds[0].shape[-1], device, dtype, budget)
-        print(
-            f"{len(todo)} videos of {pipeline.latent_frames} latent frames on {device}; "
-            f"keys and values take {format_bytes(pipeline.held_frames * pipeline.frame_bytes)} in all."
-        )
-        left = iter(embeds)
-        for video in todo:
-            times = [0.0, *(seconds for seconds, _ in video.script.changes)]
-            timed = [(seconds, next(left).to(device)) for seconds in times]
-            try:
-                usage = pipeline.generate(
-                    timed, video.path, _facts(video.script, facts), begin=begin, replay=replay, overwrite=self.overwrite
+            texts = [text for video in todo for text in video.script.texts]
+            embeds = team.from_first(lambda: self._encode(texts, files, device, dtype))
+            begin = None if beginning is None else _begin(beginning, files, device, dtype)
+            pipeline = self._load(checkpoint, files, settings, embeds[0].shape[-1], device, dtype, budget, team)
+            if team.first:
+                together = f"{team.ranks} ranks, the first " if team.ranks > 1 else ""
+                print(
+                    f"{len(todo)} videos of {pipeline.latent_frames} latent frames on {together}{device}; keys and "
+                    f"values take {format_bytes(pipeline.held_frames * pipeline.frame_bytes)} in all"
+                    f"{' on each rank' if together else ''}."
                 )
-            except (MemoryError, torch.OutOfMemoryError) as error:
-                raise ValueError(
-                    f"{video.path.name} could not be finished: {error}; the same command goes on after its last "
-                    f"finished block, also with less memory"
-                ) from error
-            print(f"Written: {video.path}\nKeys and values in the end: {usage}", flush=True)
+            left = iter(embeds)
+            for video in todo:
+                times = [0.0, *(seconds for seconds, _ in video.script.changes)]
+                timed = [(seconds, next(left).to(device)) for seconds in times]
+                more = video_facts(video.script, facts)
+                try:
+                    usage = pipeline.generate(
+                        timed, video.path, more, begin=begin, replay=replay, overwrite=self.overwrite
+                    )
+                except (MemoryError, torch.OutOfMemoryError) as error:
+                    raise ValueError(
+                        f"{video.path.name} could not be finished: {error}; the same command goes on after its last "
+                        f"finished block, also with less memory"
+                    ) from error
+                if team.first:
+                    print(f"Written: {video.path}\nKeys and values in the end: {usage}", flush=True)
         return 0
 
     def _settings(self) -> VideoSettings:
-        from longlive_rag.generation.pipeline import VideoSettings
         from longlive_rag.generation.sampling import Sampling
+        from longlive_rag.generation.settings import VideoSettings
 
         return VideoSettings(
             seconds=self.seconds,
@@ -290,7 +298,10 @@ class Generate:
         device: torch.device,
         dtype: torch.dtype,
         budget: Budget,
+        team: Team,
     ) -> Pipeline:
+        import torch
+
         from longlive_rag.embedding import AveragePool, Embedding, LatentAutoencoder
         from longlive_rag.generation.pipeline import Pipeline
         from longlive_rag.generation.tiny_decoder import TinyDecoder
@@ -315,12 +326,15 @@ class Generate:
                     f"{model.in_dim}"
                 )
             embedding = autoencoder
+        # The first rank decodes; the others only read the sizes.
+        where = device if team.first else torch.device("cpu")
         decoder: Decoder
         if self.decoder == "tiny":
-            decoder = TinyDecoder.from_file(find_tiny_decoder(self.wan_dir), device=device, dtype=dtype)
+            decoder = TinyDecoder.from_file(find_tiny_decoder(self.wan_dir), device=where, dtype=dtype)
         else:
-            decoder = StreamingDecoder.from_files(files, device=device, dtype=dtype)
-        return Pipeline(model, decoder, embedding, settings, low_memory=self.low_memory, budget=budget)
+            decoder = StreamingDecoder.from_files(files, device=where, dtype=dtype)
+        low_memory = self.low_memory and team.first
+        return Pipeline(model, decoder, embedding, settings, low_memory=low_memory, budget=budget, team=team)
 
 
 def _begin(beginning: Beginning, files: WanFiles, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
@@ -331,66 +345,3 @@ def _begin(beginning: Beginning, files: WanFiles, device: torch.device, dtype: t
     from longlive_rag.generation.wan_vae import load_vae
 
     return cache(lambda: encode(load_vae(files, device=device, dtype=dtype), beginning.pictures()))
-
-
-def _facts(script: Script, facts: dict[str, Any]) -> dict[str, Any]:
-    """What decides what a video looks like, beside its settings."""
-    changes = [[seconds, text] for seconds, text in script.changes]
-    return {"prompt": script.prompt, "prompt_at": changes or None, **facts}
-
-
-def _is_done(video: PromptVideo, facts: dict[str, Any], settings: VideoSettings) -> bool:
-    """Whether the video is there.
-
-    Raises:
-        ValueError: it is, but was made with other settings; the message says which.
-    """
-    from longlive_rag.generation.journal import changed_settings
-
-    if not video.path.is_file():
-        return False
-    log = video.path.with_suffix(".json")
-    try:
-        before = _log_settings(json.loads(log.read_text(encoding="utf-8")), _facts(video.script, facts))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{video.path} is there without a readable {log.name}; move it, or use --overwrite") from error
-    changed = changed_settings(before, {**_facts(video.script, facts), **settings.flat()})
-    if changed:
-        raise ValueError(
-            f"{video.path} was made with other settings ({changed}); choose another --output, or --overwrite"
-        )
-    return True
-
-
-def _log_settings(log: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
-    from longlive_rag.generation.pipeline import flat_settings
-
-    # A log without an entry is older than that choice.
-    return {"prompt": log["prompt"], **{name: log.get(name) for name in facts}, **flat_settings(log["settings"])}
-
-
-def _replayed(
-    path: Path, scripts: Sequence[Script], facts: dict[str, Any], settings: VideoSettings
-) -> list[dict[str, Any]]:
-    """What a video's JSON file says was retrieved.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not such a file, or of other settings; the message says which.
-    """
-    from longlive_rag.generation.journal import changed_settings
-    from longlive_rag.retrieval_log import recorded_retrieval
-
-    if len(scripts) != 1:
-        raise ValueError(f"replay repeats one video and takes one prompt, got {len(scripts)}")
-    facts = _facts(scripts[0], facts)
-    try:
-        log = json.loads(path.read_text(encoding="utf-8"))
-        before, retrieved, frames = _log_settings(log, facts), list(log["retrieved"]), int(log["latent_frames"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"replay must be the JSON file beside a video, got {path} ({error!r})") from error
-    changed = changed_settings(before, {**facts, **settings.flat()})
-    if changed:
-        raise ValueError(f"replay {path} is of a video with other settings ({changed})")
-    recorded_retrieval(retrieved, settings.policy, frames)
-    return retrieved

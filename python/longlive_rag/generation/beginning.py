@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from longlive_rag.generation.pipeline import VideoSettings
+from longlive_rag.generation.settings import VideoSettings
 from longlive_rag.generation.video import Frames, VideoReader
 
 _PICTURES = 4

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,79 +20,20 @@ from tqdm import tqdm
 import longlive_rag
 from longlive_rag.bank import Usage
 from longlive_rag.budget import Budget, format_bytes
-from longlive_rag.config import RetrievalConfig
 from longlive_rag.embedding import Embedding
 from longlive_rag.files import write_json
 from longlive_rag.generation.decoder import Decoder
 from longlive_rag.generation.journal import Journal, JournalBlock
 from longlive_rag.generation.rollout import FinishedBlock, stream
-from longlive_rag.generation.sampling import PAPER_SAMPLING, Sampling, upload
+from longlive_rag.generation.sampling import upload
+from longlive_rag.generation.settings import VideoSettings
 from longlive_rag.generation.video import VideoWriter
 from longlive_rag.memory import Retrieval
 from longlive_rag.models import CausalWanModel
+from longlive_rag.parallel.team import Team
 from longlive_rag.retrieval_log import draw_retrieval, recorded_retrieval, retrieval_entries
 from longlive_rag.selection import ReplaySelection, SimilaritySelection
 from longlive_rag.tiers.pages import frame_bytes
-
-# Rows and columns of pixels per token, at least: the VAE's 8 times the patch of 2.
-_PIXELS_PER_TOKEN = 16
-
-
-@dataclass(frozen=True)
-class VideoSettings:
-    """Everything besides weights and prompt that decides what a video looks like.
-
-    Raises:
-        ValueError: a value is out of range.
-    """
-
-    seconds: float = 30.0
-    fps: float = 16.0
-    height: int = 480
-    width: int = 832
-    sampling: Sampling = PAPER_SAMPLING
-    """Its seed also fixes the initial noise; its `renoise` is not used."""
-    policy: RetrievalConfig = field(default_factory=RetrievalConfig)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.seconds < math.inf:
-            raise ValueError(f"seconds must be positive, got {self.seconds}")
-        if not 0 < self.fps <= 1000:
-            raise ValueError(f"fps must be above 0 and at most 1000, got {self.fps}")
-        for name in ("height", "width"):
-            value = getattr(self, name)
-            if value < _PIXELS_PER_TOKEN or value % _PIXELS_PER_TOKEN:
-                raise ValueError(f"{name} must be a positive multiple of {_PIXELS_PER_TOKEN} pixels, got {value}")
-
-    def record(self) -> dict[str, Any]:
-        """What a video's JSON file says of its settings."""
-        return {
-            "seconds": self.seconds,
-            "fps": self.fps,
-            "height": self.height,
-            "width": self.width,
-            "denoising_steps": list(self.sampling.denoising_steps),
-            "timestep_shift": self.sampling.timestep_shift,
-            "context_noise": self.sampling.context_noise,
-            "seed": self.sampling.seed,
-            "memory": asdict(self.policy),
-        }
-
-    def flat(self) -> dict[str, Any]:
-        """The same under the names of the command line's options."""
-        return flat_settings(self.record())
-
-    def latent_frames(self, temporal_factor: int) -> int:
-        """Whole blocks of latent frames that make at least `seconds` of video."""
-        pictures = math.ceil(self.seconds * self.fps - 1e-6)
-        frames = math.ceil((pictures - 1) / temporal_factor) + 1
-        block = self.policy.block_frames
-        return math.ceil(frames / block) * block
-
-
-def flat_settings(record: dict[str, Any]) -> dict[str, Any]:
-    """Settings as a video's JSON file has them, on one level."""
-    return {**{name: value for name, value in record.items() if name != "memory"}, **record["memory"]}
 
 
 def video_journal(
@@ -102,14 +43,29 @@ def video_journal(
     replay: Sequence[dict[str, Any]] | None,
     budget: Budget,
     device: torch.device,
+    ranks: int = 1,
 ) -> Journal:
-    """The journal of a video, not opened yet; the arguments are those of `Pipeline` and its `generate`."""
+    """The journal of a video, not opened yet; the arguments are those of `Pipeline` and its `generate`, and how many
+    ranks make it."""
     digest = None if replay is None else hashlib.sha256(json.dumps(replay).encode()).hexdigest()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    name = f"{ranks} x {name}" if ranks > 1 else name
     # Frames that come back from below the device are not what they were.
     changing = {"replay": digest, "page_bits": budget.bits, "rebuild": budget.rebuild}
     notes = {"version": longlive_rag.__version__, "torch": torch.__version__, "device": name}
     return Journal(path, {**facts, **settings.flat(), **changing}, notes)
+
+
+class Finished(NamedTuple):
+    """What there is of a video before anything is made."""
+
+    blocks: int
+    retrieved: list[Retrieval]
+    """By these blocks."""
+    random_state: Tensor | None
+    """Of the generator after their last draw."""
+    beginning: Tensor | None
+    """The latents [n, C, H, W] that the video begins with, finished or not."""
 
 
 class Pipeline:
@@ -121,7 +77,8 @@ class Pipeline:
         embedding: what memory is searched by.
         settings: of every video.
         low_memory: keep the VAE off the GPU while the transformer works.
-        budget: of keys and values, in bytes (see `RetrievalMemory`).
+        budget: of keys and values, in bytes (see `RetrievalMemory`), of each rank.
+        team: the processes that make each video together, of which the first decodes and writes.
 
     Raises:
         ValueError: the parts do not fit together, or the device has no room for the context of a single block.
@@ -136,7 +93,9 @@ class Pipeline:
         *,
         low_memory: bool = False,
         budget: Budget | None = None,
+        team: Team | None = None,
     ) -> None:
+        self.team = team or Team()
         self.model, self.decoder, self.embedding, self.settings = model, decoder, embedding, settings
         self.low_memory = low_memory
         self.device = model.patch_embedding.weight.device
@@ -165,11 +124,11 @@ class Pipeline:
 
     @property
     def frame_bytes(self) -> int:
-        """Bytes of keys and values per latent frame."""
+        """Bytes of keys and values per latent frame, on each rank."""
         rows, columns = self.model.token_grid(*self.latent_size)
         return frame_bytes(
             layers=self.model.num_layers,
-            heads=self.model.num_heads,
+            heads=self.model.num_heads // self.team.ranks,
             tokens=rows * columns,
             head_dim=self.model.head_dim,
             dtype=self.model.patch_embedding.weight.dtype,
@@ -209,13 +168,18 @@ class Pipeline:
             OSError: a file cannot be written, because the disk is full for example.
         """
         settings, config = self.settings, self.settings.policy
-        journal = video_journal(path, facts, settings, replay, self.budget, self.device)
-        if overwrite:
-            journal.remove_others()
-        journal.open()
+        journal = video_journal(path, facts, settings, replay, self.budget, self.device, self.team.ranks)
+        schedule = self._schedule(prompt_embeds)
+        finished = self.team.from_first(partial(self._finished, journal, overwrite, begin))
         chosen = {} if replay is None else recorded_retrieval(replay, config, self.latent_frames)
-        chosen |= {block.block_start: (block.frames, block.similarity) for block in journal.retrieved}
+        chosen |= {block.block_start: (block.frames, block.similarity) for block in finished.retrieved}
         blocks = self.latent_frames // config.block_frames
+        generator = torch.Generator().manual_seed(settings.sampling.seed)
+        finished_blocks = self._stream(schedule, journal, finished, chosen, generator)
+        if not self.team.first:
+            for block in finished_blocks:
+                usage = block.usage
+            return usage
         for remark in journal.remarks:
             print(remark)
         if journal.blocks:
@@ -225,23 +189,6 @@ class Pipeline:
                 f"their keys and values are computed again first.",
                 flush=True,
             )
-
-        block_shape = (1, config.block_frames, self.model.in_dim, *self.latent_size)
-        given = self._beginning(journal, begin)
-        made_blocks = max(journal.blocks, len(given))
-        generator = torch.Generator().manual_seed(settings.sampling.seed)
-
-        # Drawn on the CPU, block by block: the same on every device, and a longer video begins like a shorter one.
-        def draw(shape: tuple[int, ...]) -> Tensor:
-            return upload(torch.randn(shape, generator=generator), self.device)
-
-        def noise() -> Iterator[Tensor]:
-            for _ in range(made_blocks):
-                yield torch.zeros(block_shape, device=self.device)  # these are there already
-            if journal.blocks:
-                generator.set_state(journal.block(journal.blocks - 1).random_state)
-            for _ in range(made_blocks, blocks):
-                yield draw(block_shape)
 
         retrieved: list[Retrieval] = []
         self.decoder.reset()
@@ -258,17 +205,6 @@ class Pipeline:
             ThreadPoolExecutor(1) as writers,
         ):
             finished_pictures = writer.frames_written
-            finished_blocks = stream(
-                self.model,
-                noise(),
-                self._schedule(prompt_embeds),
-                config,
-                sampling=replace(settings.sampling, renoise=lambda _, shape: draw(shape)),
-                embedding=self.embedding,
-                selection=ReplaySelection(chosen, SimilaritySelection()),
-                given=chain((journal.block(index).latents for index in range(journal.blocks)), given[journal.blocks :]),
-                budget=self.budget,
-            )
             for index, block in enumerate(tqdm(finished_blocks, desc=path.stem[:40], total=blocks, unit="block")):
                 state = generator.get_state() if index >= journal.blocks else None
                 if writing is not None:
@@ -302,6 +238,88 @@ class Pipeline:
         journal.remove()
         return usage
 
+    def _finished(self, journal: Journal, overwrite: bool, begin: Callable[[], Tensor] | None) -> Finished:
+        """Open the journal, and have the beginning made if it is not there yet."""
+        if overwrite:
+            journal.remove_others()
+        journal.open()
+        state = journal.block(journal.blocks - 1).random_state if journal.blocks else None
+        return Finished(journal.blocks, journal.retrieved, state, self._beginning(journal, begin))
+
+    def _beginning(self, journal: Journal, begin: Callable[[], Tensor] | None) -> Tensor | None:
+        """The latents [n, C, H, W] that the video begins with."""
+        if begin is None:
+            return None
+        latents = journal.beginning()
+        if latents is None:
+            latents = begin()
+            journal.put_beginning(latents)
+        frames = self.settings.policy.block_frames
+        expected = (self.model.in_dim, *self.latent_size)
+        if latents.shape[1:] != expected or latents.shape[0] % frames or latents.shape[0] >= self.latent_frames:
+            raise ValueError(
+                f"the latents to begin with must be [n, {', '.join(map(str, expected))}], n a multiple of {frames} "
+                f"below {self.latent_frames}, got {list(latents.shape)}"
+            )
+        return latents
+
+    def _schedule(self, prompts: Tensor | Sequence[tuple[float, Tensor]]) -> list[tuple[int, Tensor]]:
+        """As `stream` takes it. A prompt holds from the first block that begins at its time or later."""
+        timed = [(0.0, prompts)] if isinstance(prompts, Tensor) else prompts
+        factor, schedule = self.decoder.temporal_factor, []
+        for seconds, embeds in timed:
+            # Latent frame f > 0 begins with picture factor * (f - 1) + 1.
+            picture = seconds * self.settings.fps
+            frame = math.ceil((picture - 1) / factor - 1e-6) + 1 if picture > 0 else 0
+            if frame >= self.latent_frames:
+                raise ValueError(f"prompts must change before the video's end, got a change at {seconds:g}s")
+            schedule.append((frame, embeds[None]))
+        return schedule
+
+    def _stream(
+        self,
+        schedule: list[tuple[int, Tensor]],
+        journal: Journal,
+        finished: Finished,
+        chosen: Mapping[int, tuple[Sequence[Sequence[int]], Sequence[Sequence[float]]]],
+        generator: torch.Generator,
+    ) -> Iterator[FinishedBlock]:
+        """All blocks, first those that are there."""
+        settings, config = self.settings, self.settings.policy
+        beginning = finished.beginning
+        given = () if beginning is None else beginning[None].split(config.block_frames, dim=1)
+        made_blocks = max(finished.blocks, len(given))
+        block_shape = (1, config.block_frames, self.model.in_dim, *self.latent_size)
+
+        # Drawn on the CPU, block by block: the same on every device, and a longer video begins like a shorter one.
+        def draw(shape: tuple[int, ...]) -> Tensor:
+            return upload(torch.randn(shape, generator=generator), self.device)
+
+        def noise() -> Iterator[Tensor]:
+            for _ in range(made_blocks):
+                yield torch.zeros(block_shape, device=self.device)  # these are there already
+            if finished.random_state is not None:
+                generator.set_state(finished.random_state)
+            for _ in range(made_blocks, self.latent_frames // config.block_frames):
+                yield draw(block_shape)
+
+        def latents(index: int) -> Tensor:
+            return journal.block(index).latents
+
+        recorded = (self.team.from_first(partial(latents, index)) for index in range(finished.blocks))
+        return stream(
+            self.model,
+            noise(),
+            schedule,
+            config,
+            sampling=replace(settings.sampling, renoise=lambda _, shape: draw(shape)),
+            embedding=self.embedding,
+            selection=ReplaySelection(chosen, SimilaritySelection()),
+            given=chain(recorded, given[finished.blocks :]),
+            budget=self.budget,
+            group=self.team.group,
+        )
+
     def _finish_block(
         self,
         journal: Journal,
@@ -333,36 +351,6 @@ class Pipeline:
             finish()
             # Before the block's latents are given back to the stream that they come from.
             self._decoding.synchronize()
-
-    def _beginning(self, journal: Journal, begin: Callable[[], Tensor] | None) -> list[Tensor]:
-        """The blocks [1, F, C, H, W] that the video begins with."""
-        if begin is None:
-            return []
-        latents = journal.beginning()
-        if latents is None:
-            latents = begin()
-            journal.put_beginning(latents)
-        frames = self.settings.policy.block_frames
-        expected = (self.model.in_dim, *self.latent_size)
-        if latents.shape[1:] != expected or latents.shape[0] % frames or latents.shape[0] >= self.latent_frames:
-            raise ValueError(
-                f"the latents to begin with must be [n, {', '.join(map(str, expected))}], n a multiple of {frames} "
-                f"below {self.latent_frames}, got {list(latents.shape)}"
-            )
-        return list(latents[None].split(frames, dim=1))
-
-    def _schedule(self, prompts: Tensor | Sequence[tuple[float, Tensor]]) -> list[tuple[int, Tensor]]:
-        """As `stream` takes it. A prompt holds from the first block that begins at its time or later."""
-        timed = [(0.0, prompts)] if isinstance(prompts, Tensor) else prompts
-        factor, schedule = self.decoder.temporal_factor, []
-        for seconds, embeds in timed:
-            # Latent frame f > 0 begins with picture factor * (f - 1) + 1.
-            picture = seconds * self.settings.fps
-            frame = math.ceil((picture - 1) / factor - 1e-6) + 1 if picture > 0 else 0
-            if frame >= self.latent_frames:
-                raise ValueError(f"prompts must change before the video's end, got a change at {seconds:g}s")
-            schedule.append((frame, embeds[None]))
-        return schedule
 
     def _decode_after(self, finished_pictures: int, block: FinishedBlock) -> Tensor:
         """Those pictures of the block that are not finished, uint8 [N, H, W, 3]; what the decoder must see before them
