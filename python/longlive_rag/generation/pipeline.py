@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import longlive_rag
 from longlive_rag.bank import Usage
-from longlive_rag.budget import Budget, format_bytes
+from longlive_rag.budget import Bits, Budget, available_host_bytes, format_bytes
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.embedding import Embedding
 from longlive_rag.files import write_json
@@ -162,6 +162,9 @@ class Pipeline:
     @property
     def frame_bytes(self) -> int:
         """Bytes of keys and values per latent frame."""
+        return self._frame_bytes(16)
+
+    def _frame_bytes(self, bits: Bits) -> int:
         rows, columns = self.model.token_grid(*self.latent_size)
         return frame_bytes(
             layers=self.model.num_layers,
@@ -169,6 +172,7 @@ class Pipeline:
             tokens=rows * columns,
             head_dim=self.model.head_dim,
             dtype=self.model.patch_embedding.weight.dtype,
+            bits=bits,
         )
 
     def generate(
@@ -184,7 +188,7 @@ class Pipeline:
 
         The video gets its final name last, so if it is there, all three are complete. One that was interrupted stays as
         `<stem>.partial.mp4`, with a `Journal` from which the same call goes on: the result is the same, to the last
-        byte, as without the interruption.
+        byte, as without the interruption. What was measured of the budget when it was begun holds for all of it.
 
         Args:
             prompt_embeds: [tokens, text_dim].
@@ -198,7 +202,8 @@ class Pipeline:
             What the memory held in the end, and where.
 
         Raises:
-            ValueError: the video was begun with other settings, or `replay` is of another video.
+            ValueError: the video was begun with other settings, or with more memory than is available now, or `replay`
+                is of another video.
             OSError: a file cannot be written, because the disk is full for example.
         """
         settings, config = self.settings, self.settings.policy
@@ -209,6 +214,7 @@ class Pipeline:
         chosen = {} if replay is None else recorded_retrieval(replay, config, self.latent_frames)
         chosen |= {block.block_start: (block.frames, block.similarity) for block in journal.retrieved}
         blocks = self.latent_frames // config.block_frames
+        budget = self._budget_to_go_on(journal)
         for remark in journal.remarks:
             print(remark)
         if journal.blocks:
@@ -258,12 +264,12 @@ class Pipeline:
                 embedding=self.embedding,
                 selection=ReplaySelection(chosen, SimilaritySelection()),
                 given=(journal.block(index).latents for index in range(journal.blocks)),
-                budget=self.budget,
+                budget=budget,
             )
             for index, block in enumerate(tqdm(finished_blocks, desc=path.stem[:40], total=blocks, unit="block")):
                 made = None
                 if index >= journal.blocks:
-                    made = JournalBlock(block.latents.cpu(), generator.get_state(), block.retrieval)
+                    made = JournalBlock(block.latents.cpu(), generator.get_state(), block.retrieval, block.budget)
                 pictures = self._decode_after(finished_pictures, block)
                 if writing is not None:
                     writing.result()
@@ -310,6 +316,38 @@ class Pipeline:
         pictures = self.decoder.decode(latents)
         self.decoder.offload()
         return pictures
+
+    def _budget_to_go_on(self, journal: Journal) -> Budget:
+        """The pipeline's budget, where it is to be measured with what was measured when the video was begun."""
+        begun, config = journal.budget, self.settings.policy
+        if begun is None or begun.device is None or not config.memory_frames:
+            return self.budget  # nothing has left the device
+        given = self.budget
+        sizes = [(name, getattr(begun, name), getattr(given, name)) for name in ("device", "host", "disk")]
+        changed = [
+            f"{name} {format_bytes(before)}, now {format_bytes(now)}"
+            for name, before, now in sizes
+            if now not in (None, before)
+        ]
+        if changed:
+            journal.remarks.append(f"Other frames may be forgotten or come back otherwise: {'; '.join(changed)}")
+        budget = replace(given, **{name: before for name, before, now in sizes if now is None})
+        if given.device is None and self.device.type == "cuda":
+            reusable = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+            self._check_as_begun(journal, "device", begun.device, torch.cuda.mem_get_info(self.device)[0] + reusable)
+        if given.host is None and self.held_frames * self.frame_bytes > begun.device:
+            most = self.held_frames * self._frame_bytes(given.bits)
+            self._check_as_begun(journal, "host", min(begun.host_bytes, most), available_host_bytes())
+        return budget
+
+    @staticmethod
+    def _check_as_begun(journal: Journal, name: str, needed: int, available: int) -> None:
+        if needed > available:
+            raise ValueError(
+                f"{journal.video.name} was begun with room for {format_bytes(needed)} of keys and values in "
+                f"{name} memory, and now {format_bytes(available)} are available there: free some to get the video "
+                f"that was begun, or set budget.{name} (--{name}-memory) and other frames may be forgotten"
+            )
 
     def _check_room(self) -> None:
         if self.budget.device is not None:
