@@ -328,7 +328,7 @@ class FrameBank:
             pages, room = (f"{n} pages ({format_bytes(n * self.page_bytes)})" for n in (len(used), self._pool.slots))
             raise ValueError(
                 f"budget.device must leave room for all that a block of {self.batch} videos uses, {pages}, got {room}; "
-                f"raise it, or lower context_frames, the number of videos or the size of the picture"
+                f"raise it (--device-memory), or lower context_frames, the number of videos or the size of the picture"
             )
 
     @property
@@ -372,9 +372,9 @@ class FrameBank:
         if self._forgetting is None or victim is None:
             why = "forgetting is forbidden" if self._forgetting is None else "the current block uses all of them"
             raise MemoryError(
-                f"no tier has room for another frame ({len(held)} are held, "
-                f"{format_bytes(self._pages.record_bytes)} each below the device), and {why}; raise the budget of host "
-                f"memory or disk, lower the bits of pages below the device, or allow frames to be forgotten or rebuilt"
+                f"no tier has room for another frame, {format_bytes(self._pages.record_bytes)} ({len(held)} are held), "
+                f"and {why}: raise budget.host (--host-memory) or budget.disk (--disk-memory), lower budget.bits "
+                f"(--page-bits), or have frames forgotten (without --keep-all) or rebuilt (--rebuild)"
             )
         on_device = victim in self._slots
         self._remove(victim)

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from longlive_rag import Budget, RetrievalConfig, RetrievalMemory
-from longlive_rag.embedding import AveragePool
 from longlive_rag.selection import OracleSelection, ReplaySelection
 from longlive_rag.tiers.disk import DiskTier
 from longlive_rag.tiers.forgetting import Redundancy
 from longlive_rag.tiers.host import HostTier, slab_bytes
 from longlive_rag.tiers.pages import Pages, frame_bytes
 from longlive_rag.tiers.transfer import AHEAD, Copy, Timeline, Transfer
+from support.small_memory import small_memory
 
 LAYERS, HEADS, HEAD_DIM, GRID = 4, 2, 8, (2, 2)
 TOKENS = GRID[0] * GRID[1]
@@ -35,18 +35,8 @@ DISK_ALONE = Budget(device=8 * PAGE, host=0, disk=10**9)
 
 
 def memory(budget: Budget, batch: int = 1, **options: object) -> RetrievalMemory:
-    arguments: dict[str, object] = {
-        "batch": batch,
-        "layers": LAYERS,
-        "heads": HEADS,
-        "head_dim": HEAD_DIM,
-        "grid": GRID,
-        "device": "cpu",
-        "dtype": torch.float32,
-        "embedding": AveragePool(),
-        **options,
-    }
-    return RetrievalMemory(CONFIG, budget=budget, **arguments)  # type: ignore[arg-type]
+    sizes = {"layers": LAYERS, "heads": HEADS, "head_dim": HEAD_DIM, "grid": GRID}
+    return small_memory(CONFIG, budget=budget, batch=batch, **sizes, **options)
 
 
 def scene(number: int, batch: int = 1) -> Tensor:
@@ -228,9 +218,11 @@ def test_of_every_place_the_oldest_copy_is_kept() -> None:
 
 def test_forgetting_may_be_forbidden() -> None:
     engine = memory(Budget(device=8 * PAGE, host=4 * PAGE, forget=False))
-    with pytest.raises(
-        MemoryError, match=r"12 are held.*forgetting is forbidden; raise the budget of host memory or disk"
-    ):
+    wanted = (
+        r"\(12 are held\), and forgetting is forbidden: raise budget.host \(--host-memory\) or budget.disk "
+        r"\(--disk-memory\), lower budget.bits"
+    )
+    with pytest.raises(MemoryError, match=wanted):
         for _ in run(engine, 30):
             pass
 

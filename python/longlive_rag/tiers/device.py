@@ -60,7 +60,7 @@ class DevicePool:
             raise torch.OutOfMemoryError(
                 f"the device has no room for {format_bytes(slots * self.slot_bytes)} of keys and values, "
                 f"{format_bytes(self.slot_bytes)} for each latent frame; lower "
-                f"{'context_frames' if limit is None else 'budget.device'}, {what} ({error})"
+                f"{'context_frames' if limit is None else 'budget.device (--device-memory)'}, {what} ({error})"
             ) from error
         _expect_growth([*self.k_pages, *self.v_pages])
         self.slots = slots
