@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longlive_rag import cli, ops
-from longlive_rag.bench import attend, attend_sweep, common, encoder, retrieve
+from longlive_rag.bench import attend, attend_sweep, common, decode, encoder, retrieve
 from longlive_rag.native import cuda_status
 from longlive_rag.ops._attend_arguments import Arguments
 
@@ -32,6 +32,15 @@ def test_bench_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ]
     for row in written["rows"]:
         assert row["ours"] > 0 and all(ratio > 0 for ratio in row["faster_than"].values())
+
+
+@without_gpu
+def test_decoding_is_measured_when_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    cases = decode.cases(common.machine())
+    assert list(cases) == ["Wan's VAE, float32", "tiny, float32", "tiny, float32, channels last"]
+    row = cases["tiny, float32, channels last"]()  # the VAE takes most of a minute
+    assert row.case == "tiny, float32, channels last, 32 x 48"
+    assert row.ours > 0 and row.limit is not None and row.limit > 0
 
 
 def test_output_that_cannot_be_written_is_told_before_measuring(

@@ -12,7 +12,7 @@ from longlive_rag import figures
 from longlive_rag.budget import format_bytes
 from longlive_rag.planning import Outlook, Plan
 
-_NAMES = {"device": "GPU", "host": "host memory", "disk": "disk", "latents": "nowhere"}
+_NAMES = {"device": "GPU", "host": "host memory", "disk": "disk", "latents": "fits nowhere"}
 _COLOURS = {"device": "#1b6ca8", "host": "#58a4b0", "disk": "#d8a657", "latents": "#c9c9c9"}
 
 
@@ -111,19 +111,18 @@ def draw(outlook: Outlook, path: Path) -> None:
         ylabel="latent frames",
         title=f"{video.model} on a GPU of {format_bytes(outlook.gpu)}: where keys and values lie",
     )
-    per_frame = video.page_bytes / 1e9
-    beside = axes.secondary_yaxis("right", functions=(lambda count: count * per_frame, lambda size: size / per_frame))
-    beside.set_ylabel("GB, unpacked")
+    beside = axes.twinx()
+    beside.set(ylim=(0, video.latent_frames * video.page_bytes / 1e9), ylabel="GB, unpacked")
     below = np.zeros(len(frames))
     for name in shown:
         middle = int(0.93 * (len(frames) - 1))
         height = shares[name][middle]
-        if height > 0.04 * video.latent_frames:
-            label = f"{_NAMES[name]}: {format_bytes(plans[-1].tiers[name].bytes)}" if name != "latents" else "nowhere"
+        if height > 0.02 * video.latent_frames:
+            size = "" if name == "latents" else f": {format_bytes(plans[-1].tiers[name].bytes)}"
             axes.text(
                 seconds[middle],
                 below[middle] + height / 2,
-                label,
+                _NAMES[name] + size,
                 ha="right",
                 va="center",
                 color="black" if name in ("disk", "latents") else "white",

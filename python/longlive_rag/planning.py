@@ -74,8 +74,7 @@ class Video:
         step = 2 * self.family.spatial_factor
         if self.settings.height % step or self.settings.width % step:
             raise ValueError(
-                f"height and width must be multiples of {step} for {self.model}, got {self.settings.height} x "
-                f"{self.settings.width}"
+                f"height and width must be multiples of {step}, got {self.settings.height} x {self.settings.width}"
             )
 
     @classmethod
@@ -91,8 +90,14 @@ class Video:
     ) -> Video:
         """A video of this length, with the family's size and rate where none are given."""
         family = FAMILIES.get(model, _WAN21)
-        size = {"height": height or family.height, "width": width or family.width}
-        return cls(model, VideoSettings(seconds=seconds, fps=fps or family.fps, policy=policy, **size))
+        settings = VideoSettings(
+            seconds=seconds,
+            fps=fps or family.fps,
+            height=height or family.height,
+            width=width or family.width,
+            policy=policy,
+        )
+        return cls(model, settings)
 
     @property
     def family(self) -> Family:

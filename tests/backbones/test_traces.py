@@ -24,7 +24,7 @@ from longlive_rag.generation.sampling import warp_steps
 from support.causal_doubles import Pipeline
 
 FOLDER = Path(__file__).parent / "traces"
-TRACES = sorted(path.stem for path in FOLDER.glob("*.safetensors"))
+TRACES = sorted(path.stem for path in FOLDER.glob("*.safetensors") if not path.stem.startswith("comfyui"))
 TOLERANCE = 2e-5
 Cache = list[dict[str, Any]]
 SIZES = ("dim", "ffn_dim", "freq_dim", "text_dim", "text_len", "num_heads", "num_layers")

@@ -170,7 +170,7 @@ def machine(pipeline: Pipeline, device_frames: int, host_frames: int) -> ExitSta
     stack = ExitStack()
     available = 2 * host_frames * pipeline.frame_bytes
     stack.enter_context(mock.patch("longlive_rag.budget.available_host_bytes", return_value=available))
-    stack.enter_context(mock.patch("longlive_rag.generation.pipeline.available_host_bytes", return_value=available))
+    stack.enter_context(mock.patch("longlive_rag.generation.room.available_host_bytes", return_value=available))
     stack.enter_context(mock.patch.object(DevicePool, "_measured", lambda pool: device_frames))
     return stack
 

@@ -14,7 +14,7 @@ from longlive_rag.options import Positional
 if TYPE_CHECKING:
     from longlive_rag.bench.common import Case, Machine
 
-Benchmark = Literal["insert", "retrieve", "attend", "pack", "layer", "block", "encoder", "portable"]
+Benchmark = Literal["insert", "retrieve", "attend", "pack", "layer", "block", "encoder", "portable", "decode"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Bench:
         "block",
         "encoder",
     )
-    """What to measure. portable, PyTorch's attention beside the definition, is measured only when it is asked for."""
+    """What to measure. portable, PyTorch's attention beside the definition, and decode, latents to pictures, are
+    measured only when they are asked for."""
     sweep: bool = False
     """With attend, on a Hopper GPU: more sizes, every variant of the kernel, and what the rotation costs."""
     json: Path | None = None

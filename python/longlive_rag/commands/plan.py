@@ -26,8 +26,9 @@ class Plan:
 
     Examples:
       longlive-rag plan --seconds 60
-      longlive-rag plan --model 1.3B --seconds 600 --gpu 24GB --host 64GB --plot plan.png
-      longlive-rag plan --model 14B --seconds 120 --gpu 48GB --disk 1TB --page-bits 8 --json
+      longlive-rag plan --model 1.3B --seconds 600 --gpu 24GB --host 64GB \\
+          --disk 100GB --plot plan.png
+      longlive-rag plan --model 5B --gpu 48GB --page-bits 8 --json
     """
 
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -75,6 +76,8 @@ class Plan:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"--{name} must be positive, got {value}")
+        if parse_bytes(self.link) == 0:
+            raise ValueError(f"--link must be positive, got {self.link}")
 
         from longlive_rag import plan_report
 

@@ -27,7 +27,10 @@ from torch import Tensor
 PUBLISHED_TOKENS = {1560: 1, 3120: 2, 4680: 3, 32760: 21}
 """Constants of the published size, in latent frames."""
 PUBLISHED_HEADS = (12, 128)
-NEVER_DOUBLED = {"flash_attn", "flash_attn_interface", "sageattention", "transformer_engine", "triton"}
+NEVER_DOUBLED = {
+    "cublas_ops", "flash_attn", "flash_attn_interface", "intel_extension_for_pytorch", "sageattention",
+    "torch_directml", "torch_mlu", "torch_npu", "transformer_engine", "triton", "xformers",
+}  # fmt: skip
 """Packages whose absence the repositories handle themselves."""
 
 LOADING = {"low_cpu_mem_usage", "torch_dtype", "device_map"}
@@ -107,7 +110,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     """Finds the modules of one checkout."""
 
     def __init__(self, root: Path, sizes: Sizes) -> None:
-        self._root, self._sizes = str(root), sizes
+        self._root, self._sizes = f"{root}{os.sep}", sizes
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         spec = importlib.machinery.PathFinder.find_spec(fullname, [self._root] if path is None else path)

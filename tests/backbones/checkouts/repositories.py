@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from backbones.checkouts.comfyui import ComfyUI
 from backbones.checkouts.driver import Driver
 from backbones.checkouts.longlive import LongLive, LongLive2, LongLiveRAG, MemFlow
 from backbones.checkouts.self_forcing import CausalForcing, CausVid, InfinityRoPE, Krea, RollingForcing
 
 # The first that fits counts, since most repositories have kept the files of Self-Forcing.
 DRIVERS: tuple[type[Driver], ...] = (
-    LongLive2, CausVid, Krea, LongLiveRAG, LongLive, MemFlow, RollingForcing, InfinityRoPE, CausalForcing, Driver,
+    ComfyUI, LongLive2, CausVid, Krea, LongLiveRAG, LongLive, MemFlow, RollingForcing, InfinityRoPE, CausalForcing,
+    Driver,
 )  # fmt: skip
 
 
