@@ -262,6 +262,24 @@ def test_what_is_damaged_is_made_again(
     assert f"goes on after {5 if name.startswith('block') else 8} of" in out
 
 
+def test_a_block_of_an_earlier_version_is_made_again(
+    pipeline: Pipeline,
+    stopped: Path,
+    uninterrupted: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    read = Journal._read
+
+    def without_budget(journal: Journal, kind: str, index: int) -> Any:
+        return {name: tensor for name, tensor in read(journal, kind, index).items() if (name, index) != ("budget", 3)}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "_read", without_budget)
+        assert make_video(pipeline, stopped) == uninterrupted
+    assert "Going on before block 3: " in capsys.readouterr().out
+
+
 def test_the_settings_file_may_vanish_but_its_loss_is_no_licence(
     pipeline: Pipeline, stopped: Path, uninterrupted: dict[str, bytes]
 ) -> None:

@@ -140,6 +140,8 @@ class Journal:
             ValueError: it has been cut short, altered, or is of another video.
         """
         tensors = self._read(_BLOCK, index)
+        if "budget" not in tensors:
+            raise ValueError(f"{self._path(_BLOCK, index)} is of an earlier version of longlive_rag")
         retrieval = None
         if "frames" in tensors:
             start = index * tensors["latents"].shape[1]
