@@ -19,13 +19,14 @@ from tqdm import tqdm
 
 import longlive_rag
 from longlive_rag.bank import Usage
-from longlive_rag.budget import Budget, format_bytes
+from longlive_rag.budget import Bits, Budget
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.embedding import Embedding
 from longlive_rag.files import write_json
 from longlive_rag.generation.decoder import Decoder
 from longlive_rag.generation.journal import Journal, JournalBlock
 from longlive_rag.generation.rollout import FinishedBlock, stream
+from longlive_rag.generation.room import budget_to_go_on, check_room
 from longlive_rag.generation.sampling import PAPER_SAMPLING, Sampling, upload
 from longlive_rag.generation.video import VideoWriter
 from longlive_rag.memory import Retrieval
@@ -151,7 +152,7 @@ class Pipeline:
         model.token_grid(*self.latent_size)
         self.latent_frames = settings.latent_frames(decoder.temporal_factor)
         self.budget = budget or Budget()
-        self._check_room()
+        check_room(self.budget, self.device, settings.policy, self.frame_bytes)
         if self.device.type == "cuda":
             self._decoding = torch.cuda.Stream(self.device)
         if low_memory:
@@ -166,6 +167,9 @@ class Pipeline:
     @property
     def frame_bytes(self) -> int:
         """Bytes of keys and values per latent frame."""
+        return self._frame_bytes(16)
+
+    def _frame_bytes(self, bits: Bits) -> int:
         rows, columns = self.model.token_grid(*self.latent_size)
         return frame_bytes(
             layers=self.model.num_layers,
@@ -173,6 +177,7 @@ class Pipeline:
             tokens=rows * columns,
             head_dim=self.model.head_dim,
             dtype=self.model.patch_embedding.weight.dtype,
+            bits=bits,
         )
 
     def generate(
@@ -189,7 +194,7 @@ class Pipeline:
 
         The video gets its final name last, so if it is there, all three are complete. One that was interrupted stays as
         `<stem>.partial.mp4`, with a `Journal` from which the same call goes on: the result is the same, to the last
-        byte, as without the interruption.
+        byte, as without the interruption. What was measured of the budget when it was begun holds for all of it.
 
         Args:
             prompt_embeds: [tokens, text_dim]; or seconds of the video and the embeddings from then on, the first at 0.
@@ -205,7 +210,8 @@ class Pipeline:
             What the memory held in the end, and where.
 
         Raises:
-            ValueError: the video was begun with other settings, or `replay` is of another video.
+            ValueError: the video was begun with other settings, or with more memory than is available now, or `replay`
+                is of another video.
             OSError: a file cannot be written, because the disk is full for example.
         """
         settings, config = self.settings, self.settings.policy
@@ -216,6 +222,8 @@ class Pipeline:
         chosen = {} if replay is None else recorded_retrieval(replay, config, self.latent_frames)
         chosen |= {block.block_start: (block.frames, block.similarity) for block in journal.retrieved}
         blocks = self.latent_frames // config.block_frames
+        on_device, below = (self.held_frames * self._frame_bytes(bits) for bits in (16, self.budget.bits))
+        budget = budget_to_go_on(journal, self.budget, self.device, on_device, below)
         for remark in journal.remarks:
             print(remark)
         if journal.blocks:
@@ -267,7 +275,7 @@ class Pipeline:
                 embedding=self.embedding,
                 selection=ReplaySelection(chosen, SimilaritySelection()),
                 given=chain((journal.block(index).latents for index in range(journal.blocks)), given[journal.blocks :]),
-                budget=self.budget,
+                budget=budget,
             )
             for index, block in enumerate(tqdm(finished_blocks, desc=path.stem[:40], total=blocks, unit="block")):
                 state = generator.get_state() if index >= journal.blocks else None
@@ -317,7 +325,7 @@ class Pipeline:
             state: of the random numbers after the block; None: it is recorded already.
         """
         if state is not None:
-            journal.put_block(index, JournalBlock(block.latents.cpu(), state, block.retrieval))
+            journal.put_block(index, JournalBlock(block.latents.cpu(), state, block.retrieval, block.budget))
         writer.write(self._decode_after(finished_pictures, block).numpy())
 
     def _made_so_far(self) -> torch.cuda.Event | None:
@@ -382,18 +390,3 @@ class Pipeline:
         pictures = self.decoder.decode(latents)
         self.decoder.offload()
         return pictures
-
-    def _check_room(self) -> None:
-        if self.budget.device is not None:
-            room, name = self.budget.device, "budget.device"
-        elif self.device.type == "cuda":
-            room, name = torch.cuda.mem_get_info(self.device)[0], f"the free memory of {self.device}"
-        else:
-            return
-        context = self.settings.policy.context_frames
-        if room < context * self.frame_bytes:
-            raise ValueError(
-                f"{name} must hold the keys and values of context_frames = {context} latent frames, "
-                f"{format_bytes(context * self.frame_bytes)} or {format_bytes(self.frame_bytes)} for each, got "
-                f"{format_bytes(room)}; choose a smaller context or video size"
-            )

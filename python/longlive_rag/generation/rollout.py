@@ -36,6 +36,8 @@ class FinishedBlock:
     """What the block retrieved, if anything."""
     usage: Usage
     """What the memory holds, and where."""
+    budget: Budget
+    """The memory's, with what was measured where none was given (`FrameBank.budget`)."""
 
 
 @dataclass
@@ -155,7 +157,7 @@ def _blocks(
             embeddings = memory.commit(clean)
             last = memory.retrieved[-1] if memory.retrieved else None
             retrieval = last if last and last.block_start == start else None
-            yield FinishedBlock(start, clean, embeddings, retrieval, memory.usage())
+            yield FinishedBlock(start, clean, embeddings, retrieval, memory.usage(), memory.bank.budget)
             start += frames
     except torch.OutOfMemoryError as error:
         held = format_bytes(memory.usage().device.bytes) if memory is not None else "none"
