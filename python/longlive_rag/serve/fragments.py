@@ -49,7 +49,7 @@ def encode_fragment(pictures: Frames, *, fps: Fraction, first_picture: int, numb
         context.color_range = _LIMITED_RANGE
         context.thread_count = 1
         # No B-frames: a fragment ends when its last picture is shown, and the first is shown at its time.
-        context.options = {"crf": "20", "preset": "veryfast", "tune": "zerolatency", "x264-params": "mbtree=0"}
+        context.options = {"crf": "23", "preset": "veryfast", "tune": "zerolatency", "x264-params": "mbtree=0"}
         for index, image in enumerate(pictures):
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
