@@ -118,7 +118,7 @@ class Generate:
         from longlive_rag.generation.pipeline import video_journal
         from longlive_rag.ranks import Ranks
 
-        settings, prompts = self._settings(), self._prompts()
+        settings, prompts = self.settings(), self._prompts()
         checkpoint = find_checkpoint(self.backbone, self.checkpoint)
         for name, path in (("lora", self.lora), ("embedding", self.embedding)):
             if path is not None and not path.exists():
@@ -131,8 +131,8 @@ class Generate:
             print(f"Note: without --lora. {self.backbone} is a base and {from_where([published_lora], Path('.'))}")
         budget = replace(self.memory.budget, rebuild=self.rebuild)
         ranks = Ranks.from_environment()
-        device = self._device(ranks)
-        dtype = self._dtype(device)
+        device = self.torch_device(ranks)
+        dtype = self.torch_dtype(device)
         facts = {
             "backbone": self.backbone,
             "checkpoint": checkpoint.name,
@@ -161,7 +161,7 @@ class Generate:
             return 0
 
         embeds = self._encode([video.prompt for video in todo], files, device, dtype)
-        pipeline = self._load(checkpoint, files, settings, embeds[0].shape[-1], device, dtype, budget)
+        pipeline = self.load(checkpoint, files, settings, embeds[0].shape[-1], device, dtype, budget)
         print(
             f"{len(todo)} videos of {pipeline.latent_frames} latent frames on {device}; "
             f"keys and values take {format_bytes(pipeline.held_frames * pipeline.frame_bytes)} in all."
@@ -180,7 +180,8 @@ class Generate:
             print(f"Written: {video.path}\nKeys and values in the end: {usage}", flush=True)
         return 0
 
-    def _settings(self) -> VideoSettings:
+    def settings(self) -> VideoSettings:
+        """The options as settings of a video."""
         from longlive_rag.generation.pipeline import VideoSettings
         from longlive_rag.generation.sampling import Sampling
 
@@ -203,14 +204,16 @@ class Generate:
             raise ValueError("prompt must hold a prompt, got none")
         return [prompt]
 
-    def _dtype(self, device: torch.device) -> torch.dtype:
+    def torch_dtype(self, device: torch.device) -> torch.dtype:
+        """What `dtype` means on a device."""
         import torch
 
         automatic = "bfloat16" if device.type == "cuda" else "float32"
         dtype: torch.dtype = getattr(torch, automatic if self.dtype == "auto" else self.dtype)
         return dtype
 
-    def _device(self, ranks: Ranks) -> torch.device:
+    def torch_device(self, ranks: Ranks) -> torch.device:
+        """What `device` names; raises ValueError if it is not there."""
         import torch
 
         try:
@@ -241,7 +244,7 @@ class Generate:
             torch.cuda.empty_cache()
         return embeds
 
-    def _load(
+    def load(
         self,
         checkpoint: Path,
         files: WanFiles,
@@ -251,6 +254,7 @@ class Generate:
         dtype: torch.dtype,
         budget: Budget,
     ) -> Pipeline:
+        """The transformer, VAE and embedding that the options name, checked against each other."""
         from longlive_rag.embedding import AveragePool, Embedding, LatentAutoencoder
         from longlive_rag.generation.pipeline import Pipeline
         from longlive_rag.generation.wan_vae import StreamingDecoder

@@ -147,6 +147,7 @@ class Studio:
                 "scene": self.scene.name,
                 "places": list(self.scene.places),
                 "enlarge": self.scene.enlarge,
+                "aspect": self.scene.latent_shape[2] / self.scene.latent_shape[1],
                 "offered": {name: policy.label for name, policy in self.scene.policies.items()},
             }
 

@@ -177,6 +177,7 @@ document.addEventListener("keydown", (event) => {
 
 function describe() {
   document.documentElement.style.setProperty("--panels", state.policies.length);
+  document.documentElement.style.setProperty("--aspect", state.aspect);
   video.classList.toggle("pixels", state.enlarge > 1);
   $("captions").replaceChildren(
     ...state.policies.map((name) => {
