@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import secrets
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -167,6 +167,6 @@ class Serve:
         dtype = like.torch_dtype(device)
         encoder_dtype = torch.float32 if dtype is torch.float32 else torch.bfloat16  # in float16 UMT5 overflows
         encoder = PromptEncoder(files, device=device, dtype=encoder_dtype)
-        pipeline = like.load(checkpoint, files, settings, encoder.width, device, dtype, replace(self.memory.budget))
+        pipeline = like.load(checkpoint, files, settings, encoder.width, device, dtype, self.memory.budget)
         name = f"{self.backbone} ({checkpoint.name})"
         return WanScene(pipeline, encoder.encode, name=name, prompt=self.prompt)
