@@ -113,7 +113,7 @@ class Serve:
         host = f"[{self.host}]" if ":" in self.host else self.host
         address = f"http://{host}:{socket.getsockname()[1]}/{f'?token={token}' if token else ''}"
         print(f"Open {address}\nCtrl+C ends it; the video is {studio.recording.path}", flush=True)
-        listen.serve(studio, socket, token=token, hosts=self.allow_host)
+        listen.make_server(studio, token=token, hosts=self.allow_host).run(sockets=[socket])
         print(f"Written: {studio.recording.path} ({studio.recording.seconds:.1f} s)")
         return 0
 

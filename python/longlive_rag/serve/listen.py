@@ -29,18 +29,16 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def serve(studio: Studio, bound: socket.socket, *, token: str | None, hosts: Collection[str]) -> None:
-    """Answer until interrupted."""
+def make_server(studio: Studio, *, token: str | None, hosts: Collection[str]) -> uvicorn.Server:
+    """The server, not started yet, with limits on what strangers may send."""
     config = uvicorn.Config(
         make_app(studio, token=token, hosts=hosts),
         log_level="warning",
         ws="websockets-sansio",
         ws_max_size=2 * LONGEST_MESSAGE,
-        ws_ping_interval=20.0,
-        ws_ping_timeout=20.0,
         timeout_graceful_shutdown=3,
         server_header=False,
         limit_concurrency=512,
         h11_max_incomplete_event_size=16 * 1024,
     )
-    uvicorn.Server(config).run(sockets=[bound])
+    return uvicorn.Server(config)
