@@ -44,12 +44,17 @@ def encode_fragment(pictures: Frames, *, fps: Fraction, first_picture: int, numb
         context.height, context.width = pictures.shape[1:3]
         context.pix_fmt = "yuv420p"
         context.time_base = 1 / fps
-        context.gop_size = 250  # also of shorter fragments: the head names what the encoder was set to
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = _LIMITED_RANGE
         context.thread_count = 1
         # No B-frames: a fragment ends when its last picture is shown, and the first is shown at its time.
-        context.options = {"crf": "23", "preset": "veryfast", "tune": "zerolatency", "x264-params": "mbtree=0"}
+        # One keyframe, whatever is shown: another one would begin a fragment of its own.
+        context.options = {
+            "crf": "23",
+            "preset": "veryfast",
+            "tune": "zerolatency",
+            "x264-params": "mbtree=0:keyint=infinite:scenecut=0",
+        }
         for index, image in enumerate(pictures):
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             picture = picture.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
