@@ -29,7 +29,14 @@ _PLACEHOLDERS: dict[type, dict[str, str]] = {
     bool: {"": ""},
     int: {"": "N", "height": "PIXELS", "port": "PORT", "width": "PIXELS"},
     float: {"": "X", "ahead": "SECONDS", "seconds": "SECONDS"},
-    str: {"": "TEXT", "allow_host": "NAME", "command": _REST, "device": "DEVICE", "host": "ADDRESS", "step": "prepare|collect FOLDER"},
+    str: {
+        "": "TEXT",
+        "allow_host": "NAME",
+        "command": _REST,
+        "device": "DEVICE",
+        "host": "ADDRESS",
+        "step": "prepare|collect FOLDER",
+    },
     Path: {
         "": "FILE",
         "checkpoint": "PATH",

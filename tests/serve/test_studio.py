@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
-import av
 import pytest
 import torch
 
 from longlive_rag.serve.recording import Recording
-
-
-def played(path: Path) -> list[float]:
-    with av.open(str(path)) as container:
-        return [float(frame.pts * frame.time_base) for frame in container.decode(video=0)]
+from support.serving import picture_times
 
 
 def latents(recording: Recording) -> torch.Tensor:
@@ -63,7 +57,7 @@ def test_a_new_video_keeps_the_newest_prompt_and_takes_another_seed(open_studio,
     assert record["shot"]["prompt"] == "there"
     assert studio.state()["policies"] == ["remembers"]
     assert studio.recording.facts.seed == 1
-    assert played(tmp_path / "video-0001.mp4"), "the first video is still there"
+    assert picture_times(tmp_path / "video-0001.mp4"), "the first video is still there"
 
 
 def test_a_prompt_that_means_nothing_changes_nothing(open_studio):
@@ -111,11 +105,11 @@ def test_a_disk_that_is_full_in_mid_block_leaves_no_part_of_it(open_studio, hear
     monkeypatch.setattr(studio.recording, "_write", full)
     studio.watches("viewer", 10)
     heard.wait(lambda e: e["type"] == "trouble")
-    assert len(played(studio.recording.path)) == 5
+    assert len(picture_times(studio.recording.path)) == 5
     studio.resume()
     heard.wait_for_block(8)
     studio.pause()
-    assert played(studio.recording.path)[:9] == pytest.approx([n / 10 for n in range(9)])
+    assert picture_times(studio.recording.path)[:9] == pytest.approx([n / 10 for n in range(9)])
 
 
 def test_what_was_stopped_goes_on_as_if_it_had_not_been(open_studio, heard, tmp_path):
@@ -138,7 +132,7 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(open_studio, heard, tmp_
     heard.wait_for_block(11)
     assert second.recording.path.read_bytes()[: len(before)] == before
     assert torch.equal(latents(second.recording)[:12], latents(whole.recording)[:12])
-    assert played(second.recording.path)[:12] == pytest.approx([n / 10 for n in range(12)])
+    assert picture_times(second.recording.path)[:12] == pytest.approx([n / 10 for n in range(12)])
 
 
 def test_going_on_with_another_scene_is_refused(open_studio, heard, scene, tmp_path):

@@ -1,15 +1,28 @@
-"""A server on a port of its own, in a thread."""
+"""A server on a port of its own, in a thread, and what its video shows."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
+
+import av
 
 from longlive_rag.serve import listen
 from longlive_rag.serve.studio import Studio
+
+
+def picture_times(video: bytes | Path) -> list[float]:
+    """When each picture is shown, in seconds, after decoding them all."""
+    source = io.BytesIO(video) if isinstance(video, bytes) else str(video)
+    with av.open(source, "r") as container:
+        stream = container.streams.video[0]
+        assert stream.time_base is not None
+        return [float(frame.pts * stream.time_base) for frame in container.decode(stream) if frame.pts is not None]
 
 
 @contextlib.contextmanager

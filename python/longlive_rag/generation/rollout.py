@@ -20,8 +20,8 @@ from longlive_rag.models.causal_wan import Attention, Prompt
 from longlive_rag.selection import Selection
 
 Prompts = Tensor | Sequence[tuple[int, Tensor]] | Callable[[int], Tensor]
-"""Prompt embeddings [B, text_len, text_dim]; a schedule of (first latent frame, embeddings) that switches; or a function
-that is asked as each block begins, with its first frame, so that a video can be steered while it grows."""
+"""Prompt embeddings [B, text_len, text_dim]; a schedule of (first latent frame, embeddings) that switches; or a
+function that is asked as each block begins, with its first frame, so that a video can be steered while it grows."""
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ class Server:
         recording = self.studio.recording
         number = _whole(request.query_params.get("video", str(recording.number)))
         if number == recording.number:
-            path, size = recording.path, recording.bytes
+            path, size = recording.path, recording.size
         else:
             path = recording.folder / f"video-{number:04d}.mp4"
             if not path.is_file():
@@ -248,7 +248,11 @@ def _ranged(request: Request, path: Path, size: int) -> Response:
     """The first `size` bytes of a file that grows, or the range of them that is asked for."""
     start, end, status = 0, size, 200
     asked = request.headers.get("range")
-    if asked is not None and (match := re.fullmatch(r"bytes=(\d{0,16})-(\d{0,16})", asked.strip())) and any(match.groups()):
+    if (
+        asked is not None
+        and (match := re.fullmatch(r"bytes=(\d{0,16})-(\d{0,16})", asked.strip()))
+        and any(match.groups())
+    ):
         first, last = match.groups()
         if first:
             start, end = int(first), min(size, int(last) + 1) if last else size

@@ -35,8 +35,8 @@ def is_loopback(host: str) -> bool:
 class Guard:
     """Refuses what other sites' pages could send, and with a token all who do not know it.
 
-    Without a token, only Host headers of this machine and of `hosts` are answered, so that a name which is made to point
-    here (DNS rebinding) reaches nothing. What comes with an Origin header must come from the page itself.
+    Without a token, only Host headers of this machine and of `hosts` are answered, so that a name which is made to
+    point here (DNS rebinding) reaches nothing. What comes with an Origin header must come from the page itself.
     """
 
     def __init__(self, app: ASGIApp, *, token: str | None = None, hosts: Collection[str] = ()) -> None:

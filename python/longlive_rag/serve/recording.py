@@ -91,7 +91,7 @@ class Recording:
         return self._blocks
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """Length of what is finished of the MP4."""
         return self._ends["mp4"][self._blocks]
 
@@ -192,10 +192,10 @@ class Recording:
         if not self.blocks:
             raise ValueError("There is nothing to save yet.")
         path = self.folder / f"saved-{self.number:04d}-{self.blocks:06d}.mp4"
-        data = io.BytesIO(self._read_bytes("mp4", 0, self.bytes))
+        data = io.BytesIO(self._read_bytes("mp4", 0, self.size))
         with (
             atomic_path(path) as temporary,
-            av.open(data) as source,
+            av.open(data, "r") as source,
             av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as target,
         ):
             stream = target.add_stream_from_template(source.streams.video[0])

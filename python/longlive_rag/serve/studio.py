@@ -132,7 +132,7 @@ class Studio:
                 "blocks": recording.blocks,
                 "frames": recording.frames,
                 "seconds": recording.seconds,
-                "bytes": recording.bytes,
+                "bytes": recording.size,
                 "mime": recording.mime,
                 "fps": recording.facts.fps,
                 "block_frames": self.scene.block_frames,

@@ -213,7 +213,7 @@ function chosen(prompt, camera) {
 
 function held(paused) {
   if (state) state.paused = paused;
-  $("hold").textContent = paused || trouble ? "Go on growing" : "Stop growing";
+  $("hold").textContent = paused || trouble ? "Go on" : "Hold";
   tellStatus();
 }
 
