@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,9 @@ from longlive_rag.generation.sampling import Sampling
 from longlive_rag.models import CausalWanModel
 from longlive_rag.serve.scene import Decoder, Scene, Shot, ShownPolicy, Wish
 
-CONFIG = {"context_frames": 4, "sink_frames": 1, "recency_guard": 0, "block_frames": 1}
+MEMORY = RetrievalConfig(
+    context_frames=4, sink_frames=1, memory_frames=1, recency_guard=0, block_frames=1, query="draft"
+)
 
 
 class TinyScene(Scene):
@@ -34,8 +38,8 @@ class TinyScene(Scene):
         self.sampling = Sampling((1000, 500), 1.0)
         self.budget = Budget()
         self.policies = {
-            "forgets": ShownPolicy("forgets: window", RetrievalConfig(**CONFIG, memory_frames=0)),
-            "remembers": ShownPolicy("remembers: draft", RetrievalConfig(**CONFIG, memory_frames=1, query="draft")),
+            "forgets": ShownPolicy("forgets: window", replace(MEMORY, memory_frames=0)),
+            "remembers": ShownPolicy("remembers: draft", MEMORY),
         }
         self._embeds = {place: torch.randn(1, 2, 8) for place in self.places}
         self.fails: Exception | None = None

@@ -19,9 +19,11 @@ from longlive_rag.models import CausalWanModel
 from longlive_rag.models.causal_wan import Attention, Prompt
 from longlive_rag.selection import Selection
 
-Prompts = Tensor | Sequence[tuple[int, Tensor]] | Callable[[int], Tensor]
-"""Prompt embeddings [B, text_len, text_dim]; a schedule of (first latent frame, embeddings) that switches; or a
-function that is asked as each block begins, with its first frame, so that a video can be steered while it grows."""
+Prompts = Tensor | Sequence[tuple[int, Tensor]]
+"""Prompt embeddings [B, text_len, text_dim], or a schedule of (first latent frame, embeddings) that switches."""
+Steering = Callable[[int], Tensor]
+"""Is asked for the embeddings as each block begins, with its first latent frame; the same tensor as long as the prompt
+does not change."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class RolloutResult:
 def stream(
     model: CausalWanModel,
     noise: Iterable[Tensor],
-    prompt_embeds: Prompts,
+    prompt_embeds: Prompts | Steering,
     config: RetrievalConfig,
     *,
     sampling: Sampling = PAPER_SAMPLING,
@@ -70,7 +72,7 @@ def stream(
     Args:
         model: the frozen backbone.
         noise: initial noise of each block, [B, F, C, H, W]; the video ends with it. Its dtype is the latents'.
-        prompt_embeds: the prompt, a schedule of prompts, or a function that names each block's prompt.
+        prompt_embeds: the prompt, a schedule of prompts, or a function that steers a video while it grows.
         config: the context policy.
         sampling: the sampler's settings; default the paper's.
         embedding: what memory is searched by; default `AveragePool`.
@@ -106,7 +108,7 @@ def stream(
 def _blocks(
     model: CausalWanModel,
     noise: Iterable[Tensor],
-    prompt_at: Callable[[int], Tensor],
+    prompt_at: Steering,
     sampling: Sampling,
     given: Tensor | Iterable[Tensor] | None,
     open_memory: Callable[..., RetrievalMemory],
@@ -270,13 +272,12 @@ def _check_given(given: object, noise: Tensor, config: RetrievalConfig) -> None:
         raise ValueError("given must be finite, got NaN or infinity")
 
 
-def _prompter(prompts: Prompts) -> Callable[[int], Tensor]:
-    """What says the prompt of the block that begins at a frame; the same tensor as long as it does not change."""
+def _prompter(prompts: Prompts | Steering) -> Steering:
     if callable(prompts):
         return prompts
     if not isinstance(prompts, (Tensor, list, tuple)):
         raise TypeError(
-            f"prompt_embeds must be a tensor, a list of (first latent frame, tensor) or a function, "
+            f"prompt_embeds must be a tensor or a list of (first latent frame, tensor) or a function, "
             f"got {type(prompts).__name__}"
         )
     schedule = [(0, prompts)] if isinstance(prompts, Tensor) else sorted(prompts, key=lambda entry: entry[0])

@@ -116,7 +116,7 @@ def _check(name: str, value: Any, field: Field, number: int | None) -> None:
             raise BadMessage(f"{name} may have {field.least:.0f} to {field.most:.0f} {unit}.", number)
         if isinstance(value, list) and not all(isinstance(each, str) and len(each) <= 64 for each in value):
             raise BadMessage(f"{name} must be a list of names.", number)
-    elif not (math.isfinite(value) and field.least <= value <= field.most):
+    elif isinstance(value, (int, float)) and not (math.isfinite(value) and field.least <= value <= field.most):
         raise BadMessage(f"{name} must be from {field.least:.0f} to {field.most:.0f}.", number)
 
 

@@ -66,7 +66,7 @@ class Recording:
         self.frames = 0
         if facts is not None:
             self.facts = facts
-            self._files = {kind: self._named(kind).open("xb") for kind in self._ends}
+            self._files: dict[str, BinaryIO] = {kind: self._named(kind).open("xb") for kind in self._ends}
             self._write("jsonl", _line({"video": number, **asdict(facts)}))
             self._ends["jsonl"][0] = self._files["jsonl"].tell()
         else:
@@ -76,8 +76,7 @@ class Recording:
                 file.truncate(self._ends[kind][-1])
                 file.seek(0, os.SEEK_END)
             if self._blocks:
-                with self.path.open("rb") as file:
-                    self._set_mime(file.read(4096))
+                self._set_mime(self._read_bytes("mp4", 0, 4096))
 
     @classmethod
     def latest(cls, folder: Path) -> int:
@@ -213,7 +212,7 @@ class Recording:
         return self.folder / f"video-{self.number:04d}.{kind}"
 
     def _write(self, kind: str, data: bytes) -> None:
-        file: BinaryIO = self._files[kind]
+        file = self._files[kind]
         file.write(data)
         file.flush()
 
