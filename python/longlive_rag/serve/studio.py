@@ -175,7 +175,7 @@ class Studio:
 
     def _wait_for_work(self) -> bool:
         with self._changed:
-            while not self._stopping and not self._restart and (self._paused or self._trouble or self._far_ahead()):
+            while not self._stopping and (self._trouble or (not self._restart and (self._paused or self._far_ahead()))):
                 self._changed.wait(1.0)
             return not self._stopping
 

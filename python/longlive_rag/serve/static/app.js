@@ -45,6 +45,11 @@ function hear(message) {
 }
 
 async function begin(next) {
+  if (!window.MediaSource) {
+    $("cover").textContent = "This browser cannot play a video while it grows. What there is so far is at /video.mp4.";
+    complain("This browser lacks Media Source Extensions.", true);
+    return;
+  }
   const again = state && state.video === next.video && player.opened;
   state = next;
   describe();
@@ -258,6 +263,13 @@ function memoryOf(block) {
   return null;
 }
 
+// What the newest policy's memory holds, in all tiers.
+function holdings(block) {
+  const { forgotten, ...tiers } = block.memory[block.memory.length - 1];
+  const all = Object.values(tiers).reduce((sum, tier) => sum + tier.frames, 0);
+  return `Holds ${all} of ${block.frame + block.frames} moments${forgotten ? `; the most repetitive were let go` : ""}.`;
+}
+
 function showMemory(recalled) {
   $("memory-note").hidden = Boolean(recalled?.length);
   const old = [...$("memory").children];
@@ -286,6 +298,7 @@ function look() {
     if (block && block.block !== shownBlock) {
       shownBlock = block.block;
       showMemory(recalled);
+      $("held").textContent = holdings(block);
       document.documentElement.dataset.tone = tone(block.shot.prompt);
       const mark = pendingMarks.findIndex((each) => each.video < state.video || each.block <= block.block);
       if (mark >= 0) {
