@@ -3,7 +3,7 @@
 //
 // Every operation is called alike: addresses (0 for null), sizes and strides, the dtype (DType), numbers, and
 // last the device and the stream to queue on. Those that need a workspace tell its size when asked with the
-// same sizes.
+// same sizes. attend keeps what it knows by its sizes in an AttendPlan.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -132,54 +132,54 @@ void bind_retrieve(Address query, Address keys, Address inverse_norms, Address f
 
 constexpr std::array<const char*, 3> kAttendKernels = {"auto", "sm80", "sm90"};  // AttendKernel
 
-AttendOptions attend_options(const std::string& kernel, int key_tile) {
-  for (size_t i = 0; i < kAttendKernels.size(); ++i)
-    if (kernel == kAttendKernels[i]) return {.kernel = static_cast<AttendKernel>(i), .key_tile = key_tile};
-  throw std::invalid_argument("kernel must be auto, sm80 or sm90, got " + kernel);
-}
+// attend of some sizes on a device: what can be decided without the tensors, so that a call need not.
+class AttendPlan {
+ public:
+  AttendPlan(const std::array<int, 4>& q_shape, const std::array<int, 4>& pages_shape, int entries, int pairs,
+             int dtype, const std::string& kernel, int key_tile, int device)
+      : device_(device) {
+    sizes_.batch = q_shape[0], sizes_.length = q_shape[1];
+    sizes_.heads = q_shape[2], sizes_.head_dim = q_shape[3];
+    sizes_.page_slots = pages_shape[0], sizes_.tokens = pages_shape[2];
+    sizes_.entries = entries;
+    sizes_.pairs = pairs;
+    sizes_.dtype = dtype;
+    const auto wanted = std::find(kAttendKernels.begin(), kAttendKernels.end(), kernel);
+    if (wanted == kAttendKernels.end())
+      throw std::invalid_argument("kernel must be auto, sm80 or sm90, got " + kernel);
+    const DeviceGuard guard(device);
+    options_ = {.kernel = static_cast<AttendKernel>(wanted - kAttendKernels.begin()), .key_tile = key_tile};
+    options_.kernel = attend_kernel(sizes_, options_);
+    workspace_ = attend_workspace(sizes_, options_);
+  }
 
-// shape of q, shape of the pages, entries of the table, temporal pairs, dtype
-using AttendSizes = std::tuple<std::array<int, 4>, std::array<int, 4>, int, int, int>;
+  const char* kernel() const { return kAttendKernels[static_cast<size_t>(options_.kernel)]; }
+  size_t workspace() const { return workspace_; }
 
-AttendArguments attend_arguments(const AttendSizes& sizes) {
-  const auto& [q_shape, pages_shape, entries, pairs, dtype] = sizes;
-  AttendArguments a{};
-  a.batch = q_shape[0], a.length = q_shape[1], a.heads = q_shape[2], a.head_dim = q_shape[3];
-  a.page_slots = pages_shape[0], a.tokens = pages_shape[2];
-  a.entries = entries;
-  a.pairs = pairs;
-  a.dtype = dtype;
-  return a;
-}
+  void launch(Address q, Address k_pages, Address v_pages, Address slots, Address positions,
+              Address query_position, Address frequencies, Address out, Address lse, Address workspace,
+              float scale, Address stream) const {
+    const DeviceGuard guard(device_);
+    AttendArguments a = sizes_;
+    a.q = pointer(q);
+    a.k_pages = pointer(k_pages);
+    a.v_pages = pointer(v_pages);
+    a.slots = pointer<const int32_t>(slots);
+    a.positions = pointer<const int32_t>(positions);
+    a.query_position = pointer<const int32_t>(query_position);
+    a.frequencies = pointer<const double>(frequencies);
+    a.out = pointer(out);
+    a.lse = pointer<float>(lse);
+    a.scale = scale;
+    attend(a, options_, pointer(workspace), pointer(stream));
+  }
 
-const char* bind_attend_kernel(const AttendSizes& sizes, const AttendOptions& options, int device) {
-  const DeviceGuard guard(device);
-  return kAttendKernels[static_cast<size_t>(attend_kernel(attend_arguments(sizes), options))];
-}
-
-size_t bind_attend_workspace(const AttendSizes& sizes, const AttendOptions& options, int device) {
-  const DeviceGuard guard(device);
-  return attend_workspace(attend_arguments(sizes), options);
-}
-
-void bind_attend(Address q, Address k_pages, Address v_pages, Address slots, Address positions,
-                 Address query_position, Address frequencies, Address out, Address lse, Address workspace,
-                 const AttendSizes& sizes, float scale, const AttendOptions& options, int device,
-                 Address stream) {
-  const DeviceGuard guard(device);
-  AttendArguments a = attend_arguments(sizes);
-  a.q = pointer(q);
-  a.k_pages = pointer(k_pages);
-  a.v_pages = pointer(v_pages);
-  a.slots = pointer<const int32_t>(slots);
-  a.positions = pointer<const int32_t>(positions);
-  a.query_position = pointer<const int32_t>(query_position);
-  a.frequencies = pointer<const double>(frequencies);
-  a.out = pointer(out);
-  a.lse = pointer<float>(lse);
-  a.scale = scale;
-  attend(a, options, pointer(workspace), pointer(stream));
-}
+ private:
+  AttendArguments sizes_{};
+  AttendOptions options_;
+  size_t workspace_ = 0;
+  int device_;
+};
 
 #endif
 
@@ -195,11 +195,12 @@ PYBIND11_MODULE(_C, module) {
   module.def("unpack", &bind_pack<unpack>);
   module.def("retrieve", &bind_retrieve);
   module.def("retrieve_workspace", &bind_retrieve_workspace);
-  py::class_<AttendOptions>(module, "AttendOptions", py::module_local())
-      .def(py::init(&attend_options), py::arg("kernel") = "auto", py::arg("key_tile") = 0);
-  module.def("attend", &bind_attend);
-  module.def("attend_workspace", &bind_attend_workspace);
-  module.def("attend_kernel", &bind_attend_kernel);
+  py::class_<AttendPlan>(module, "AttendPlan", py::module_local())
+      .def(py::init<const std::array<int, 4>&, const std::array<int, 4>&, int, int, int, const std::string&,
+                    int, int>())
+      .def_property_readonly("kernel", &AttendPlan::kernel)
+      .def_property_readonly("workspace", &AttendPlan::workspace)
+      .def("launch", &AttendPlan::launch);
 #else
   module.attr("cuda_version") = py::none();
 #endif

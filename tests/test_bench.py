@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from longlive_rag import cli, ops
-from longlive_rag.bench import attend, attend_sweep, common, encoder, retrieve
+from longlive_rag.bench import attend, attend_sweep, common, decode, encoder, retrieve
 from longlive_rag.native import cuda_status
+from longlive_rag.ops._attend_arguments import Arguments
 
 without_gpu = pytest.mark.skipif(
     cuda_status().available, reason="takes minutes on a GPU, where benchmarks/on_gpu.sh runs it"
@@ -30,6 +32,15 @@ def test_bench_without_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ]
     for row in written["rows"]:
         assert row["ours"] > 0 and all(ratio > 0 for ratio in row["faster_than"].values())
+
+
+@without_gpu
+def test_decoding_is_measured_when_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    cases = decode.cases(common.machine())
+    assert list(cases) == ["Wan's VAE, float32", "tiny, float32", "tiny, float32, channels last"]
+    row = cases["tiny, float32, channels last"]()  # the VAE takes most of a minute
+    assert row.case == "tiny, float32, channels last, 32 x 48"
+    assert row.ours > 0 and row.limit is not None and row.limit > 0
 
 
 def test_output_that_cannot_be_written_is_told_before_measuring(
@@ -56,6 +67,21 @@ def test_rows_survive_a_case_that_does_not_fit(
     assert written["out_of_memory"] == ["retrieve: large"]
 
 
+def test_an_interrupted_run_keeps_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> common.Row:
+        raise KeyboardInterrupt
+
+    row = common.Row("retrieve", "small", 1e-3)
+    monkeypatch.setattr(retrieve, "cases", lambda machine: {"small": lambda: row, "large": interrupted})
+    results = tmp_path / "results.json"
+    with contextlib.suppress(KeyboardInterrupt):
+        cli.main(["bench", "retrieve", "--json", str(results)])
+    assert "retrieve  small  1.00 ms" in capsys.readouterr().out
+    assert [row["case"] for row in json.loads(results.read_text())["rows"]] == ["small"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"), [(["attend", "--sweep"], "compute capability 9.0"), (["insert", "--sweep"], "got insert")]
 )
@@ -70,9 +96,7 @@ def test_a_sweep_needs_a_hopper_gpu_and_attend(
 def test_every_variant_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sweep's own code, on a CPU, with the reference in place of the kernels that it forces."""
 
-    def launch(
-        variant: attend_sweep.Variant, arguments: attend.Arguments, out: torch.Tensor, lse: torch.Tensor
-    ) -> None:
+    def launch(variant: attend_sweep.Variant, arguments: Arguments, out: torch.Tensor, lse: torch.Tensor) -> None:
         launched.append(variant)
         for buffer, result in zip((out, lse), ops.attend(*arguments, return_lse=True), strict=True):
             buffer.copy_(result)

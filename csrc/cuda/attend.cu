@@ -47,12 +47,6 @@ void attend_sm80(const AttendArguments& a, cudaStream_t stream) {
 bool is_empty(const AttendArguments& a) { return a.batch == 0 || a.length == 0 || a.heads == 0; }
 bool has_pages(const AttendArguments& a) { return a.entries > 0 && a.page_slots > 0; }
 
-#ifdef LONGLIVE_RAG_SM90
-AttendSm90Options sm90_options(const AttendArguments& a, const AttendOptions& options) {
-  return {.page_slots = a.page_slots, .key_tile = options.key_tile};
-}
-#endif
-
 }  // namespace
 
 AttendKernel attend_kernel(const AttendArguments& a, const AttendOptions& options) {
@@ -75,8 +69,7 @@ AttendKernel attend_kernel(const AttendArguments& a, const AttendOptions& option
 
 size_t attend_workspace(const AttendArguments& a, const AttendOptions& options) {
 #ifdef LONGLIVE_RAG_SM90
-  if (attend_kernel(a, options) == AttendKernel::kSm90)
-    return attend_sm90_workspace(a, sm90_options(a, options));
+  if (attend_kernel(a, options) == AttendKernel::kSm90) return attend_sm90_workspace(a, options.key_tile);
 #endif
   return 0;
 }
@@ -85,7 +78,7 @@ void attend(const AttendArguments& a, const AttendOptions& options, void* worksp
   if (is_empty(a)) return;
 #ifdef LONGLIVE_RAG_SM90
   if (attend_kernel(a, options) == AttendKernel::kSm90)
-    return attend_sm90(a, sm90_options(a, options), workspace, stream);
+    return attend_sm90(a, options.key_tile, workspace, stream);
 #endif
   AttendArguments seen = a;
   if (!has_pages(a)) seen.entries = 0;

@@ -6,8 +6,8 @@
 namespace longlive {
 namespace {
 
-int key_tile_of(const AttendArguments& a, const AttendSm90Options& options) {
-  return options.key_tile ? options.key_tile : choose_key_tile(a.tokens);
+int key_tile_of(const AttendArguments& a, int key_tile) {
+  return key_tile ? key_tile : choose_key_tile(a.tokens);
 }
 
 int query_tiles(const AttendArguments& a) { return (a.length + kQueryRows - 1) / kQueryRows; }
@@ -26,7 +26,7 @@ size_t arrived_bytes(const AttendArguments& a, const Schedule& schedule) {
 }
 
 template <class T, int kHeadDim, int kKeyTile>
-void launch_attend(const AttendArguments& a, int page_slots, void* workspace, cudaStream_t stream) {
+void launch_attend(const AttendArguments& a, void* workspace, cudaStream_t stream) {
   using Shared = AttendSm90Shared<T, kHeadDim, kKeyTile>;
   static_assert(sizeof(Shared) <= kSharedBytes, "the plan of shared memory fits a multiprocessor");
   AttendSm90Parameters p{};
@@ -35,7 +35,7 @@ void launch_attend(const AttendArguments& a, int page_slots, void* workspace, cu
   p.q = tensor_map(
       {a.q, DType(a.dtype), kHeadDim, a.length, a.heads, a.batch, row, kHeadDim, a.length * row, kQueryRows});
   const HeadRows pages{a.k_pages,      DType(a.dtype), kHeadDim, a.tokens,
-                       a.heads,        page_slots,     kHeadDim, int64_t(a.tokens) * kHeadDim,
+                       a.heads,        a.page_slots,   kHeadDim, int64_t(a.tokens) * kHeadDim,
                        a.tokens * row, kKeyTile};
   p.k = tensor_map(pages);
   HeadRows values = pages;
@@ -56,30 +56,28 @@ void launch_attend(const AttendArguments& a, int page_slots, void* workspace, cu
 }
 
 template <class T, int kHeadDim>
-void choose_tile(const AttendArguments& a, const AttendSm90Options& options, void* workspace,
-                 cudaStream_t stream) {
-  switch (key_tile_of(a, options)) {
+void choose_tile(const AttendArguments& a, int key_tile, void* workspace, cudaStream_t stream) {
+  switch (key_tile_of(a, key_tile)) {
     case 112:
-      return launch_attend<T, kHeadDim, 112>(a, options.page_slots, workspace, stream);
+      return launch_attend<T, kHeadDim, 112>(a, workspace, stream);
     case 128:
-      return launch_attend<T, kHeadDim, 128>(a, options.page_slots, workspace, stream);
+      return launch_attend<T, kHeadDim, 128>(a, workspace, stream);
     case 144:
-      return launch_attend<T, kHeadDim, 144>(a, options.page_slots, workspace, stream);
+      return launch_attend<T, kHeadDim, 144>(a, workspace, stream);
     case 176:
-      return launch_attend<T, kHeadDim, 176>(a, options.page_slots, workspace, stream);
+      return launch_attend<T, kHeadDim, 176>(a, workspace, stream);
     default:
       throw std::invalid_argument("attend: key_tile must be 112, 128, 144 or 176, got " +
-                                  std::to_string(options.key_tile));
+                                  std::to_string(key_tile));
   }
 }
 
 template <class T>
-void choose_head_dim(const AttendArguments& a, const AttendSm90Options& options, void* workspace,
-                     cudaStream_t stream) {
+void choose_head_dim(const AttendArguments& a, int key_tile, void* workspace, cudaStream_t stream) {
   if (a.head_dim == 128)
-    choose_tile<T, 128>(a, options, workspace, stream);
+    choose_tile<T, 128>(a, key_tile, workspace, stream);
   else
-    choose_tile<T, 64>(a, options, workspace, stream);
+    choose_tile<T, 64>(a, key_tile, workspace, stream);
 }
 
 }  // namespace
@@ -90,17 +88,17 @@ bool attend_sm90_supports(const AttendArguments& a) {
          a.pairs <= 8 * steps && a.tokens >= kMinTokens && a.entries > 0;
 }
 
-size_t attend_sm90_workspace(const AttendArguments& a, const AttendSm90Options& options) {
-  const Schedule schedule = largest_schedule(a, key_tile_of(a, options));
+size_t attend_sm90_workspace(const AttendArguments& a, int key_tile) {
+  const Schedule schedule = largest_schedule(a, key_tile_of(a, key_tile));
   return partial_bytes(a, schedule) + arrived_bytes(a, schedule);
 }
 
-void attend_sm90(const AttendArguments& a, const AttendSm90Options& options, void* workspace, void* stream) {
+void attend_sm90(const AttendArguments& a, int key_tile, void* workspace, void* stream) {
   if (a.batch * a.length == 0) return;
   if (DType(a.dtype) == DType::kFloat16)
-    choose_head_dim<__half>(a, options, workspace, static_cast<cudaStream_t>(stream));
+    choose_head_dim<__half>(a, key_tile, workspace, static_cast<cudaStream_t>(stream));
   else
-    choose_head_dim<__nv_bfloat16>(a, options, workspace, static_cast<cudaStream_t>(stream));
+    choose_head_dim<__nv_bfloat16>(a, key_tile, workspace, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace longlive

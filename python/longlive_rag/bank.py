@@ -195,14 +195,15 @@ class FrameBank:
         if missing <= 0 or self._pool.grow(missing):
             return
         # The least recently used first; pages of the block itself are not final.
-        leaving = [entry for entry in self._slots if entry not in self._own][:missing]
+        leaving = dict.fromkeys([entry for entry in self._slots if entry not in self._own][:missing])
         try:
             for entry in leaving:
                 if entry in self._slots and entry not in self._below and not self._is_ready(leaving):
-                    self._copy_down(entry, self._window | self._fetched, set(leaving))
+                    self._copy_down(entry, self._window | self._fetched, leaving.keys())
         except MemoryError:
             pass  # is raised again if the next block does need the slots
-        self._below.write_ahead(len(self._own), self.transfer, self.latents is not None)
+        staying = self._slots.keys() - leaving.keys()
+        self._below.write_ahead(len(self._own), staying, self.transfer, self.latents is not None)
 
     def release(self, frame: int) -> None:
         """Forget a frame of every video."""
@@ -211,7 +212,7 @@ class FrameBank:
 
     def frames(self) -> list[int]:
         """Frames that are held, wherever they lie."""
-        return sorted({frame for _, frame in [*self._slots, *self._away]})
+        return sorted({frame for _, frame in self.entries()})
 
     @property
     def pages(self) -> tuple[torch.dtype, tuple[int, ...]]:
@@ -312,20 +313,18 @@ class FrameBank:
         idle = [entry for entry in self._slots if entry not in used]
         # Those with a copy below can go at once.
         for entry in sorted(idle, key=lambda entry: entry not in self._below):
-            if len(free) >= count:
-                break
-            if entry in self._slots and self._copy_down(entry, used):
-                free.append(self._slots.pop(entry))
-                self._away.add(entry)
-                self._table_lacks.add(entry[1])
+            # As often as another frame was forgotten in its place, which freed that one's slot.
+            while len(free) < count and entry in self._slots:
+                if self._copy_down(entry, used):
+                    free.append(self._slots.pop(entry))
+                    self._away.add(entry)
+                    self._table_lacks.add(entry[1])
         self.transfer.hold_for_sent()
         if len(free) < count:
-            pages, room = len(used), self._pool.slots
+            pages, room = (f"{n} pages ({format_bytes(n * self.page_bytes)})" for n in (len(used), self._pool.slots))
             raise ValueError(
-                f"budget.device must leave room for all that a block uses, {pages} pages for {self.batch} videos "
-                f"({format_bytes(pages * self.page_bytes)}), got {room} pages "
-                f"({format_bytes(room * self.page_bytes)}); raise it, or lower context_frames, the number of videos "
-                f"or the size of the picture"
+                f"budget.device must leave room for all that a block of {self.batch} videos uses, {pages}, got {room}; "
+                f"raise it, or lower context_frames, the number of videos or the size of the picture"
             )
 
     @property
@@ -333,9 +332,9 @@ class FrameBank:
         """Slots that the next block may need: retrieved frames come from below, if anything can lie there."""
         return self._written + (self._retrieved if self._below or self.latents is not None else 0)
 
-    def _is_ready(self, leaving: list[Entry]) -> bool:
-        ready = sum(entry in self._slots and entry in self._below for entry in leaving)
-        return len(self._pool.free) + ready >= self._needed_next
+    def _is_ready(self, leaving: Iterable[Entry]) -> bool:
+        ready = [entry for entry in leaving if entry in self._slots and entry in self._below]
+        return len(self._pool.free) + len(ready) >= self._needed_next
 
     def _copy_down(self, entry: Entry, spared: set[Entry], leaving: Set[Entry] = frozenset()) -> bool:
         """Give a resident frame a copy below, unless it can be rebuilt; False: it or another one was forgotten instead.

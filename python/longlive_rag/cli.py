@@ -40,6 +40,12 @@ COMMANDS = {
     "serve": Command(
         "longlive_rag.commands.serve", "Serve", "a video that grows while you watch and steer it", "start here"
     ),
+    "plan": Command(
+        "longlive_rag.commands.plan",
+        "Plan",
+        "what a GPU has room for, and what moves while a video grows",
+        "make videos",
+    ),
     "generate": Command(
         "longlive_rag.commands.generate", "Generate", "long videos from a checkpoint and your prompts", "make videos"
     ),

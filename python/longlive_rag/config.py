@@ -76,6 +76,8 @@ class RetrievalConfig:
         Raises:
             TypeError, ValueError: as `patch` does of a model; or its window has no room for memory.
         """
+        # Upwards, so only when called. The answer depends on the family, which the attention's arguments tell: nothing
+        # that this module could know, or that could register itself here before `backbones` has been imported.
         from longlive_rag.backbones.patching import config_for
 
         return config_for(model, "memory")

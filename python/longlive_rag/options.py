@@ -164,6 +164,8 @@ def add_options(parser: argparse.ArgumentParser, options: Sequence[Option]) -> N
             how |= {"action": "store_true", "default": None}
         else:
             how |= {"nargs": "*" if option.many else None, "metavar": option.placeholder}
+            if option.many and not option.positional:
+                how["action"] = "extend"  # given twice, it is longer, and nothing of it is dropped
         parser.add_argument(name, help=option.help.replace("%", "%%"), **how)
 
 

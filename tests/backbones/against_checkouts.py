@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import io
 import json
 import logging
@@ -25,20 +24,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 HERE = Path(__file__).parent
-LIMIT = 1e-5
-"""A difference beyond this is a fault: float32 rounds each block by about 2e-7, a wrong position costs 9e-3."""
+sys.path.insert(0, str(HERE.parent))
+
+from backbones.checkouts.foreign import Sizes, enter  # noqa: E402
+from backbones.checkouts.repositories import LIMIT, commit, fill, largest_difference, options, recognised  # noqa: E402
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkouts", nargs="+", type=Path, metavar="DIR", help="checkout of a public repository")
-    parser.add_argument("--frames", type=int, default=60, help="latent frames of the longer videos (default: 60)")
-    parser.add_argument("--layers", type=int, default=3, help="layers of the model (default: 3)")
-    parser.add_argument("--heads", type=int, default=12, help="heads of its attention (default: 12)")
-    parser.add_argument("--head-dim", type=int, default=128, help="width of a head (default: 128)")
+    parser = options(__doc__, frames=60)
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--json", type=Path, help="write the rows to this file too")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
@@ -74,25 +69,12 @@ def _in_a_process_of_its_own(checkout: Path, options: list[str], arguments: argp
 
 
 def run_checkout(root: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    sys.path.insert(0, str(HERE.parent))
-    from backbones.checkouts.driver import Driver
-    from backbones.checkouts.foreign import Sizes, enter
-    from backbones.checkouts.longlive import LongLive, LongLive2, LongLiveRAG, MemFlow
-    from backbones.checkouts.self_forcing import CausalForcing, CausVid, InfinityRoPE, Krea, RollingForcing
-
-    # The first that fits counts, since most repositories have kept the files of Self-Forcing.
-    drivers: tuple[type[Driver], ...] = (
-        LongLive2, CausVid, Krea, LongLiveRAG, LongLive, MemFlow, RollingForcing, InfinityRoPE, CausalForcing, Driver,
-    )  # fmt: skip
-    make = next((driver for driver in drivers if driver.fits(root)), None)
-    if make is None:
-        raise SystemExit(f"{root} is no checkout of a repository that docs/backbones.md names")
+    make = recognised(root)
     sizes = Sizes(layers=arguments.layers, heads=arguments.heads, head_dim=arguments.head_dim)
     enter(root, sizes)
-    fill = _golden_parameters()
     rows = []
     with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
-        driver = make(root, sizes, lambda module: fill(module, 0))
+        driver = make(root, sizes, fill)
         cases = [case for case in driver.cases(arguments.frames) if arguments.case in case.name]
         for case in cases:
             try:
@@ -100,7 +82,7 @@ def run_checkout(root: Path, arguments: argparse.Namespace) -> list[dict[str, An
             except Exception as error:  # the other cases are of interest nevertheless
                 traceback.print_exc()
                 row = {"case": case.name, "error": f"{type(error).__name__}: {error}"}
-            rows.append({"repository": driver.repository, "commit": _commit(root)} | row)
+            rows.append({"repository": driver.repository, "commit": commit(root)} | row)
     return rows
 
 
@@ -123,7 +105,7 @@ def _run_case(driver: Any, case: Any, unpatches: bool) -> dict[str, Any]:
     with patch(driver.target(pipeline), case.config, release_cache=driver.family != "krea realtime") as patched:
         for number, video in enumerate(case.videos):
             made = driver.generate(pipeline, video)
-            differences.append(_largest_difference(made, own[number]))
+            differences.append(largest_difference(made, own[number]))
             if retrieved[number] is not None:
                 same &= [entry.frames[0] for entry in patched.retrieved] == retrieved[number]
             _say(f"  patched, video {number + 1}: {differences[-1]:.1e} ({time.perf_counter() - began:.0f} s)")
@@ -149,12 +131,6 @@ def _run_case(driver: Any, case: Any, unpatches: bool) -> dict[str, Any]:
     }
 
 
-def _largest_difference(made: Tensor, own: Tensor) -> float:
-    """The largest relative error of a latent frame."""
-    difference, size = ((tensor.double().flatten(2).norm(dim=2)) for tensor in (made - own, own))
-    return float((difference / size).max())
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| repository | commit | case | latent frames | batch | largest difference of a frame | unpatched again |",
@@ -172,23 +148,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['difference']:.1e}{retrieved} | {again} |"
         )
     return "\n".join(lines)
-
-
-def _commit(root: Path) -> str:
-    """Of the checkout, or as an export of one notes it in `.commit`."""
-    noted = root / ".commit"
-    if noted.is_file():
-        return noted.read_text().strip()
-    result = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return result.stdout.strip() or "unknown"
-
-
-def _golden_parameters() -> Any:
-    spec = importlib.util.spec_from_file_location("golden_parameters", HERE.parent / "golden" / "params.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.fill
 
 
 def _say(line: str) -> None:

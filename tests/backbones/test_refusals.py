@@ -121,7 +121,7 @@ class TestRefusals:
             model(torch.zeros(1, 2, 32), kv_cache=pipeline.cache(1, 10), current_start=0)
 
     def test_config_of_another_kind(self, pipeline: Pipeline) -> None:
-        with pytest.raises(TypeError, match="config must be a RetrievalConfig, got dict"):
+        with pytest.raises(TypeError, match="config must be a RetrievalConfig, 'native' or None, got dict"):
             patch(pipeline, cast(Any, {"memory_frames": 6}))
 
     def test_a_draft_query_of_rolling_forcing(self) -> None:

@@ -108,5 +108,7 @@ def test_with_a_budget_frames_come_back_as_they_were(asked: list[list[int]], bat
 
 def test_a_budget_that_cannot_hold_one_block_is_refused() -> None:
     pages = bank(frames=4, device_frames=2)
-    with pytest.raises(ValueError, match="budget.device must leave room for all that a block uses, 6 pages"):
+    with pytest.raises(
+        ValueError, match="budget.device must leave room for all that a block of . videos uses, 6 pages"
+    ):
         pages.reserve(range(3), [])

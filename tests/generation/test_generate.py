@@ -184,7 +184,8 @@ def test_interrupted_video_is_kept_and_gone_on_with(generate, tmp_path, capsys, 
     error = refusal(capsys, generate(*cat, "--seed", "1"))
     assert "0000-a-cat.mp4 was begun with other settings (seed 0, now 1)" in error
     assert generate(*cat) == 0
-    assert "0000-a-cat.mp4 goes on after 2 of 3 blocks, at 5.2 s" in capsys.readouterr().out
+    # The third block was recorded before it was decoded.
+    assert "0000-a-cat.mp4 goes on after 3 of 3 blocks, at 8.2 s" in capsys.readouterr().out
     assert contents(videos) == contents(plain)
     assert set(contents(videos)) == {"0000-a-cat.mp4", "0000-a-cat.json"}
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longlive_rag import RetrievalConfig, rollout, stream
 from longlive_rag.config import PAPER_STEPS
@@ -43,6 +45,44 @@ def test_streaming_yields_what_rollout_collects(model: CausalWanModel) -> None:
     assert torch.equal(torch.cat([block.embeddings for block in blocks], dim=1), result.embeddings)
     assert [b.retrieval.frames for b in blocks if b.retrieval] == [entry.frames for entry in result.retrieved]
     assert not result.interrupted
+
+
+class _Reads(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU: values read, and copies to another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        if name in ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::item"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_block_reads_one_value_of_the_device(model: CausalWanModel) -> None:
+    """The deferred check of its noise. Every other read would let the device idle.
+
+    On a CPU the attention and the tables take the shorter way of looking at values; they are left out.
+    """
+    blocks = stream(model, noise(20).split(2, dim=1), PROMPT, CONFIG)
+    with mock.patch("longlive_rag.memory.RetrievalMemory.attend", lambda self, layer, q, k, v, **_: q.flatten(1, 2)):
+        next(blocks)
+        for _ in range(7):
+            with _Reads() as reads:
+                next(blocks)
+            assert reads.seen == ["aten::_local_scalar_dense"]
+
+
+def test_a_block_of_bad_noise_is_not_yielded(model: CausalWanModel) -> None:
+    draws = list(noise(8).split(2, dim=1))
+    draws[2][0, 1, 0, 0, 0] = torch.inf
+    seen = []
+    with pytest.raises(ValueError, match="noise must be finite"):
+        for block in stream(model, draws, PROMPT, CONFIG):
+            seen.append(block.start)
+    assert seen == [0, 2]
 
 
 def test_a_sampling_is_what_rollout_takes_apart(model: CausalWanModel) -> None:

@@ -5,6 +5,7 @@ the cut of the work, planted faults. On a Hopper GPU the last test compares the 
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from longlive_rag import ops
 from longlive_rag.native import kernels_on
 from longlive_rag.ops._cuda import DTYPE_CODES
-from longlive_rag.ops.attend import launch
+from longlive_rag.ops.attend import launch, plan
 from support import attend_cases, emulated
 from support.attend_cases import Case, exact
 
@@ -25,20 +26,20 @@ def make_case(dtype: torch.dtype = torch.bfloat16, *, tokens: int = 150, head_di
     return attend_cases.make_case(torch.device("cpu"), dtype, tokens=tokens, head_dim=head_dim, **sizes)
 
 
-def sizes_of(case: Case) -> tuple[object, ...]:
-    """As the extension wants them."""
+def plan_of(module: ModuleType, case: Case, kernel: str = "sm90", key_tile: int = 0) -> Any:
     entries, pairs = case.slots.shape[1], case.frequencies.shape[0]
-    return case.q.shape, case.k_pages.shape, entries, pairs, DTYPE_CODES[case.q.dtype]
+    sizes = case.q.shape, case.k_pages.shape, entries, pairs, DTYPE_CODES[case.q.dtype]
+    return module.AttendPlan(*sizes, kernel, key_tile, 0)
 
 
 def attend_sm90(module: ModuleType, case: Case, key_tile: int = 0) -> tuple[Tensor, Tensor]:
     """The emulated kernel's output and log-sum-exp; both, and the workspace, are poisoned before."""
-    options, sizes = module.AttendOptions(kernel="sm90", key_tile=key_tile), sizes_of(case)
-    size = module.attend_workspace(sizes, options, 0)
+    planned = plan_of(module, case, key_tile=key_tile)
+    size = planned.workspace
     workspace = torch.full((size // 4 + 4,), torch.nan)
     out, lse = torch.full_like(case.q, torch.nan), torch.full(case.q.shape[:3], torch.nan)
     addresses = [tensor.data_ptr() for tensor in (*case, out, lse, workspace)]
-    module.attend(*addresses, sizes, case.q.shape[3] ** -0.5, options, 0, 0)
+    planned.launch(*addresses, case.q.shape[3] ** -0.5, 0)
     assert workspace[size // 4 :].isnan().all(), "a store went past the end of the workspace"
     return out, lse
 
@@ -89,7 +90,7 @@ def test_distant_frames(module):
 def test_whole_and_cut_tiles(module, order, tiles, is_cut):
     """Waves of whole tiles need no workspace; a remainder is cut, and merged to the same result."""
     case = make_case(tokens=64, head_dim=64, heads=tiles, entries=8)
-    assert (module.attend_workspace(sizes_of(case), module.AttendOptions(kernel="sm90"), 0) > 0) == is_cut
+    assert (plan_of(module, case).workspace > 0) == is_cut
     check(module, case)
 
 
@@ -142,7 +143,7 @@ def test_sizes_left_to_the_other_kernel(module, change, monkeypatch):
 
     def kernel(heads, head_dim, slots, tokens, entries, pairs, dtype, wanted="auto"):
         sizes = ((1, 128, heads, head_dim), (slots, heads, tokens, head_dim), entries, pairs, dtype)
-        return module.attend_kernel(sizes, module.AttendOptions(kernel=wanted), 0)
+        return module.AttendPlan(*sizes, wanted, 0, 0).kernel
 
     assert kernel(**few) == "sm90" and kernel(**few, wanted="sm80") == "sm80"
     assert kernel(**few | change) == "sm80"
@@ -154,7 +155,7 @@ def test_sizes_left_to_the_other_kernel(module, change, monkeypatch):
 
 def test_a_kernel_of_another_name_is_refused(module):
     with pytest.raises(ValueError, match="kernel must be auto, sm80 or sm90, got hopper"):
-        module.AttendOptions(kernel="hopper")
+        plan_of(module, make_case(), "hopper")
 
 
 LAUNCHER, CONSUMER, PRODUCERS = "cuda/attend_sm90.cu", "cuda/attend_sm90.cuh", "cuda/attend_sm90_producers.cuh"
@@ -162,10 +163,10 @@ LAUNCHER, CONSUMER, PRODUCERS = "cuda/attend_sm90.cu", "cuda/attend_sm90.cuh", "
 LEAN = (
     LAUNCHER,
     """if (DType(a.dtype) == DType::kFloat16)
-         choose_head_dim<__half>(a, options, workspace, static_cast<cudaStream_t>(stream));
+         choose_head_dim<__half>(a, key_tile, workspace, static_cast<cudaStream_t>(stream));
        else
-         choose_head_dim<__nv_bfloat16>(a, options, workspace, static_cast<cudaStream_t>(stream));""",
-    "launch_attend<__nv_bfloat16, 128, 112>(a, options.page_slots, workspace, static_cast<cudaStream_t>(stream));",
+         choose_head_dim<__nv_bfloat16>(a, key_tile, workspace, static_cast<cudaStream_t>(stream));""",
+    "launch_attend<__nv_bfloat16, 128, 112>(a, workspace, static_cast<cudaStream_t>(stream));",
 )
 AWAIT_QUERY = "ptx::mbarrier_wait(&shared.query_full, queries++ & 1);"
 AWAIT_OUTPUT = "ptx::wgmma_wait<0>();  // the output is there"
@@ -240,10 +241,10 @@ def test_agrees_with_the_other_kernel(dtype, sizes):
     case = Case(*(tensor.to(device) for tensor in make_case(dtype, **sizes)))
     extension = kernels_on(device)
     assert extension is not None
-    if extension.attend_kernel(sizes_of(case), extension.AttendOptions(), device.index) != "sm90":
+    if plan(extension, case).kernel != "sm90":
         pytest.skip(f"{torch.cuda.get_device_name()} is not a Hopper GPU")
     sm90, sm90_lse = ops.attend(*case, return_lse=True)
     out, lse = torch.full_like(sm90, torch.nan), torch.full_like(sm90_lse, torch.nan)
-    launch(extension, out, lse, *case, case.q.shape[3] ** -0.5, extension.AttendOptions(kernel="sm80"))
+    launch(plan(extension, case, "sm80"), out, lse, case, case.q.shape[3] ** -0.5)
     assert (sm90.double() - out.double()).norm() < 2 * torch.finfo(dtype).eps * out.double().norm()
     torch.testing.assert_close(sm90_lse, lse, atol=1e-4, rtol=1e-5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from longlive_rag import native, ops
-from longlive_rag.checking import isolated, trust
+from longlive_rag.checking import isolated
 from longlive_rag.checking.verdicts import Verdict
 from longlive_rag.ops import _choice
 from support import emulated
@@ -26,9 +26,9 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(_choice.SWITCH, raising=False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(native, "capability", lambda device: (9, 0))
-    trust.forget()
+    _choice.forget()
     yield
-    trust.forget()
+    _choice.forget()
 
 
 def verdicts(monkeypatch: pytest.MonkeyPatch, **found: Verdict) -> None:
@@ -50,7 +50,7 @@ def test_the_next_best_takes_the_place_of_what_failed(
     hopper: Verdict, ampere: Verdict, extension_runs: str, chosen: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verdicts(monkeypatch, attend_hopper=hopper, attend_ampere=ampere)
-    assert _choice.attend_kernel(GPU, lambda: extension_runs) == chosen
+    assert _choice.attend_kernel(GPU, extension_runs) == chosen
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,24 @@ def test_the_next_best_takes_the_place_of_what_failed(
 def test_the_switch_forces_one(value: str, chosen: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     verdicts(monkeypatch, attend_hopper=FAILED, attend_ampere=FAILED)
     monkeypatch.setenv(_choice.SWITCH, value)
-    assert _choice.attend_kernel(GPU, lambda: "sm90") == chosen
+    assert _choice.attend_kernel(GPU, "sm90") == chosen
+
+
+def test_what_was_not_checked_under_capture_is_checked_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts(monkeypatch, attend_hopper=FAILED, attend_ampere=PASSED)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert _choice.attend_kernel(GPU, "sm90") == "sm90"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert _choice.attend_kernel(GPU, "sm90") == "sm80"
+
+
+def test_the_environment_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by each layer and pass."""
+    verdicts(monkeypatch, attend_hopper=PASSED)
+    asked = mock.Mock(wraps=_choice.switch)
+    monkeypatch.setattr(_choice, "switch", asked)
+    assert [_choice.attend_kernel(GPU, "sm90") for _ in range(3)] == ["sm90"] * 3
+    assert asked.call_count == 1
 
 
 def test_a_switch_that_means_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,9 +88,10 @@ def test_a_switch_that_means_nothing_is_refused(monkeypatch: pytest.MonkeyPatch)
 def test_blackwell_gets_pytorchs_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     verdicts(monkeypatch, attend_ampere=PASSED)
     monkeypatch.setattr(native, "capability", lambda device: (10, 0))
-    assert _choice.attend_kernel(GPU, lambda: "sm80") is None
+    assert _choice.attend_kernel(GPU, "sm80") is None
+    _choice.forget()
     monkeypatch.setattr(native, "capability", lambda device: (12, 0))
-    assert _choice.attend_kernel(GPU, lambda: "sm80") == "sm80"
+    assert _choice.attend_kernel(GPU, "sm80") == "sm80"
 
 
 def test_results_without_trusted_kernels_are_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +102,7 @@ def test_results_without_trusted_kernels_are_pytorchs(monkeypatch: pytest.Monkey
         verdicts(monkeypatch, attend_hopper=FAILED, attend_ampere=FAILED)
         assert torch.equal(ops.attend(*case), expected)  # the same computation twice
         assert "attend" not in calls
-        trust.forget()
+        _choice.forget()
         verdicts(monkeypatch, attend_hopper=FAILED, attend_ampere=PASSED)
         ops.attend(*case)
         assert "attend" in calls
@@ -108,5 +126,5 @@ def test_an_unknown_machine_is_checked_once_per_kernel(monkeypatch: pytest.Monke
     monkeypatch.setattr(isolated, "check", checked)
     monkeypatch.setattr("longlive_rag.checking.verdicts.read", lambda device: {})
     monkeypatch.setattr("longlive_rag.checking.verdicts.write", lambda device, found: None)
-    assert [_choice.attend_kernel(GPU, lambda: "sm90") for _ in range(3)] == ["sm90"] * 3
+    assert [_choice.attend_kernel(GPU, "sm90") for _ in range(3)] == ["sm90"] * 3
     assert [call.args[0] for call in checked.call_args_list] == ["attend-hopper"]

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from longlive_rag import rotary
+from longlive_rag.ops._attend_arguments import Arguments
 
 
-class Case(NamedTuple):
-    """Arguments of `ops.attend`, in its order."""
-
-    q: Tensor
-    k_pages: Tensor
-    v_pages: Tensor
-    slots: Tensor
-    positions: Tensor
-    query_position: Tensor
-    frequencies: Tensor
+class Case(Arguments):
+    """Arguments of `ops.attend`, and variations of them."""
 
     def sample(self, index: int) -> Case:
         """One sample alone, over the same pools."""

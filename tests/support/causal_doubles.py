@@ -202,11 +202,7 @@ class Transformer(nn.Module):
                 return y.unflatten(1, (frames, -1))
 
             inner = (frames_of(block.norm1(tokens)) * (1 + scale1) + shift1).flatten(1, 2)
-            seq_lens = torch.tensor([inner.shape[1]] * batch)
-            # Positional, as the public blocks call it.
-            out = block.self_attn(
-                inner, seq_lens, grid_sizes, self.freqs, self.block_mask, cache, current_start, **extra
-            )
+            out = self.attend(block.self_attn, inner, grid_sizes, cache, current_start, **extra)
             if cache is not None and isinstance(out, tuple):
                 out, (current_end, local_end, update) = out
                 ends.append((cache, current_end, local_end, update))
@@ -222,6 +218,11 @@ class Transformer(nn.Module):
         y = self.head(frames_of(tokens), time)
         y = y.view(batch, *grid, *self.patch_size[1:], -1)
         return y.permute(0, 6, 1, 2, 4, 3, 5).reshape(batch, -1, frames, height, width)
+
+    def attend(self, attention, x, grid_sizes, cache, current_start, **extra):
+        """Positional, as the public blocks call it."""
+        seq_lens = torch.tensor([x.shape[1]] * x.shape[0])
+        return attention(x, seq_lens, grid_sizes, self.freqs, self.block_mask, cache, current_start, **extra)
 
 
 class Wrapper(nn.Module):

@@ -24,6 +24,7 @@ from unittest import mock
 import pytest
 import torch
 
+from longlive_rag.ops import _choice
 from longlive_rag.ops._library import CUDA_IMPLEMENTATIONS
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
@@ -77,11 +78,17 @@ def backend(module: ModuleType, hopper: bool = False) -> Iterator[list[str]]:
     calls: list[str] = []
 
     class Recorded:
-        def __getattr__(self, name: str) -> object:
-            calls.append(name)
-            return getattr(module, name)
+        def __init__(self, recorded: object, names: dict[str, str]) -> None:
+            self._recorded, self._names = recorded, names
 
-    recorded, library = Recorded(), torch.library.Library("longlive_rag", "IMPL")
+        def __getattr__(self, name: str) -> object:
+            calls.append(self._names.get(name, name))
+            return getattr(self._recorded, name)
+
+        def AttendPlan(self, *sizes: object) -> object:
+            return Recorded(module.AttendPlan(*sizes), {"launch": "attend"})
+
+    recorded, library = Recorded(module, {}), torch.library.Library("longlive_rag", "IMPL")
     for operation, implementation in CUDA_IMPLEMENTATIONS.items():
         library.impl(operation, implementation, "CPU")
     try:
@@ -90,6 +97,7 @@ def backend(module: ModuleType, hopper: bool = False) -> Iterator[list[str]]:
             mock.patch("longlive_rag.ops._cuda.queue", lambda device: (0, 0)),
             mock.patch("longlive_rag.ops._cuda.workspace", _poisoned),
             mock.patch.dict(os.environ, SIMT_CAPABILITY="90" if hopper else "80"),
+            mock.patch.dict(_choice._chosen, clear=True),
         ):
             yield calls
     finally:

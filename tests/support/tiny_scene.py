@@ -12,7 +12,7 @@ from longlive_rag.config import RetrievalConfig
 from longlive_rag.embedding import AveragePool
 from longlive_rag.generation.sampling import Sampling
 from longlive_rag.models import CausalWanModel
-from longlive_rag.serve.scene import Decoder, Scene, Shot, ShownPolicy, Wish
+from longlive_rag.serve.scene import BlockDecoder, Scene, Shot, ShownPolicy, Wish
 
 MEMORY = RetrievalConfig(
     context_frames=4, sink_frames=1, memory_frames=1, recency_guard=0, block_frames=1, query="draft"
@@ -56,11 +56,11 @@ class TinyScene(Scene):
     def embeds(self, shot: Shot) -> Tensor:
         return self._embeds[shot.prompt]
 
-    def new_decoder(self) -> Decoder:
+    def new_decoder(self) -> BlockDecoder:
         def decode(latents: Tensor):
             if self.fails is not None:
                 error, self.fails = self.fails, None
                 raise error
             return (latents[:, :3] * 40 + 128).clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
-        return Decoder(decode, reach=0)
+        return BlockDecoder(decode, reach=0)

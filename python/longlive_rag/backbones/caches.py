@@ -47,6 +47,10 @@ class Followers:
         tracked.follower.expect(kind)
         return tracked.follower
 
+    def in_video(self, keys: Tensor) -> bool:
+        """Whether blocks of the current video in this cache have gone through memory."""
+        return any(tracked.keys() is keys and tracked.follower.block is not None for tracked in self._tracked)
+
     def _adopt(self, keys: Tensor, kind: Kind) -> _Tracked:
         free = [tracked for tracked in self._tracked if tracked.keys() is None]
         for tracked in free:

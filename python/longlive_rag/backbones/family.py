@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from threading import RLock
 from typing import Any
 
 from torch import nn
@@ -34,6 +36,8 @@ class Attachment:
     """Takes the replaced forwards back."""
     freed_caches: FreedCaches | None
     """Where to free the pipeline's caches; None: they stay allocated."""
+    one_call: AbstractContextManager[Any] = field(default_factory=RLock)
+    """Held while the transformer is called: its layers learn from what they share which call they are in."""
 
 
 class Family(ABC):

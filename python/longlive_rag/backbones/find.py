@@ -81,8 +81,8 @@ def _family(attention: nn.Module) -> Family:
     marks = "; ".join(f"{name}: {', '.join(sorted(names))}" for name, names in own.items() if names)
     name, unknown = type(attention).__name__, ", ".join(sorted(taken - known)) or "too little"
     raise TypeError(
-        f"model is of a causal family that patch does not know: its attention ({name}) takes {unknown}; looked for one "
-        f"that takes ({', '.join(sorted(common))}), and at most what marks a family besides ({marks})"
+        f"model is of a causal family that patch does not know: its attention ({name}) takes {unknown}. In detail: "
+        f"looked for one that takes ({', '.join(sorted(common))}), and at most what marks a family besides ({marks})"
     )
 
 

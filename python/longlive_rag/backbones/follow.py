@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -14,6 +15,8 @@ from longlive_rag.backbones.journal import Journal
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.context import ContextPlan
 from longlive_rag.memory import Retrieval, RetrievalMemory
+
+logger = logging.getLogger(__name__)
 
 PlanType = Callable[[RetrievalConfig, int, int], ContextPlan]
 """From the config, and the first frame and length of a block, to its context."""
@@ -193,6 +196,8 @@ class Follower(Generic[State]):
         if empties:
             self.memory.reset()
             self._origin = start
+        if step is Step.FIRST and start:
+            logger.warning("memory begins at latent frame %d, and has nothing of what came before it", start)
         if not self._in_video:
             self._journal.begins(self)
         self._in_video, self._restarted = True, False

@@ -1,4 +1,4 @@
-"""Replaces the `forward` of single module instances, and restores it."""
+"""Replaces the `forward`, or another method, of single module instances, and restores it."""
 
 from __future__ import annotations
 
@@ -22,33 +22,36 @@ class _Uncopied:
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise TypeError(
-            "a patched model cannot be copied, pickled or saved as a whole, since its copy would compute with the "
-            "original's weights; call unpatch() on what patch() returned first (its state_dict() can be saved any time)"
+            "a patched model cannot be copied, pickled or saved as a whole: the copy would compute with the original's "
+            "weights. First call unpatch() on what patch() returned; the state_dict() can be saved at any time"
         )
 
 
 class Forwards:
-    """The forwards that were replaced."""
+    """The forwards that were replaced, and other methods."""
 
     def __init__(self) -> None:
-        self._originals: list[tuple[nn.Module, Any]] = []
+        self._originals: list[tuple[nn.Module, str, Any]] = []
 
-    def replace(self, module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        """Replace the forward of a module by what `make` returns for the present one."""
-        forward = functools.wraps(module.forward)(make(module.forward))
-        self._originals.append((module, vars(module).get("forward")))
+    def replace(
+        self, module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]], name: str = "forward"
+    ) -> None:
+        """Replace a method of a module by what `make` returns for the present one."""
+        present = getattr(module, name)
+        method = functools.wraps(present)(make(present))
+        self._originals.append((module, name, vars(module).get(name)))
         # The mark comes first, so that pickling meets its reason before it fails on a closure.
         setattr(module, _MARK, _Uncopied())
-        module.forward = forward
+        setattr(module, name, method)
 
     def restore(self) -> None:
         """Restore all of them."""
-        for module, original in reversed(self._originals):
+        for module, name, original in reversed(self._originals):
             if original is None:
-                del module.forward
+                delattr(module, name)
             else:
-                module.forward = original
-            delattr(module, _MARK)
+                setattr(module, name, original)
+            vars(module).pop(_MARK, None)
         self._originals = []
 
 

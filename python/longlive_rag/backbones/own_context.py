@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,15 +82,15 @@ class Said:
             getattr(getattr(holder, "args", None), "model_kwargs", None) for holder in (model, pipeline)
         ]  # as OmegaConf gives them
 
-    def integer(self, *names: str) -> int | None:
-        """The first whole number under one of the names. A sequence stands for its largest."""
-        return next(self._integers(names), None)
+    def integer(self, name: str) -> int | None:
+        """The first whole number of that name. A sequence stands for its largest."""
+        return next(self._integers(name), None)
 
     def flag(self, name: str) -> bool | None:
-        return next((value for value in self._values([name]) if isinstance(value, bool)), None)
+        return next((value for value in self._values(name) if isinstance(value, bool)), None)
 
-    def _integers(self, names: Sequence[str]) -> Iterator[int]:
-        for value in self._values(names):
+    def _integers(self, name: str) -> Iterator[int]:
+        for value in self._values(name):
             if isinstance(value, int) and not isinstance(value, bool):
                 yield value
             elif hasattr(value, "__iter__") and not isinstance(value, str):
@@ -98,9 +98,8 @@ class Said:
                 if entries:
                     yield max(entries)
 
-    def _values(self, names: Sequence[str]) -> Iterator[Any]:
+    def _values(self, name: str) -> Iterator[Any]:
         for holder in (*self._holders, *self._options):
-            for name in names:
-                value = getattr(holder, name, None)
-                if value is not None:
-                    yield value
+            value = getattr(holder, name, None)
+            if value is not None:
+                yield value

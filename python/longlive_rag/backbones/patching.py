@@ -66,14 +66,14 @@ def patch(
     """
     if config is not None and config != "native" and not isinstance(config, RetrievalConfig):
         raise TypeError(
-            f"config must be a RetrievalConfig, got {type(config).__name__} {config!r:.80}; or 'native', or None"
+            f"config must be a RetrievalConfig, 'native' or None, got {type(config).__name__} {config!r:.80}"
         )
     if budget is not None and budget.rebuild:
         raise ValueError("budget.rebuild must be False: the clean passes of a patched model cannot be run again")
     transformer = find_transformer(model)
     family = transformer.family
     if is_patched(transformer.module):
-        raise ValueError("model is patched already; call unpatch() on what patch() returned first")
+        raise ValueError("model is patched already; first call unpatch() on what patch() returned")
     if config is None or config == "native":
         config = _own_config(model, transformer, config or "memory")
     if config.query == "draft" and not family.drafts:
@@ -160,7 +160,10 @@ class Patched:
             follower.reset()
 
     def unpatch(self) -> None:
-        """Give the model its own attention back, and released caches their size; what they held is gone."""
+        """Give the model its own attention back, and released caches their size; what they held is gone.
+
+        Between videos: the model's own attention would go on with a cache that holds nothing of a video's first blocks.
+        """
         self._attachment.forwards.restore()
         if self._attachment.freed_caches is not None:
             self._attachment.freed_caches.restore()

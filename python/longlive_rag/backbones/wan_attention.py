@@ -106,14 +106,15 @@ class _MemoryAttention:
 
     def transformer_forward(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            outer, self._pass = self._pass, _Pass(_latents_among([*args, *kwargs.values()]))
-            try:
-                flow = original(*args, **kwargs)
-                if self._pass.follower is not None and self._pass.recomputed is None:
-                    self._note_prediction(self._pass, self._pass.follower, flow, kwargs)
-                return flow
-            finally:
-                self._pass = outer
+            with self._attachment.one_call:
+                outer, self._pass = self._pass, _Pass(_latents_among([*args, *kwargs.values()]))
+                try:
+                    flow = original(*args, **kwargs)
+                    if self._pass.follower is not None and self._pass.recomputed is None:
+                        self._note_prediction(self._pass, self._pass.follower, flow, kwargs)
+                    return flow
+                finally:
+                    self._pass = outer
 
         return forward
 
@@ -123,7 +124,10 @@ class _MemoryAttention:
         def forward(*args: Any, **kwargs: Any) -> Any:
             arguments = dict(zip(names, args)) | kwargs  # noqa: B905  (trailing arguments have defaults)
             cache, x = arguments.get("kv_cache"), arguments["x"]
-            if self._pass is None or cache is None or self._gradients.needed(attention, x):
+            if self._pass is None or cache is None:
+                return original(*args, **kwargs)
+            if self._gradients.needed(attention, x):
+                self._check_own_cache(cache, int(arguments.get("current_start", 0)))
                 return original(*args, **kwargs)
             if self._attachment.freed_caches is not None:
                 self._attachment.freed_caches.free(cache)
@@ -148,6 +152,15 @@ class _MemoryAttention:
     @torch.compiler.disable
     def _rewrite(self, layer: int, frames: tuple[int, ...], k: Tensor, v: Tensor) -> None:
         self._follower.memory.rewrite(layer, frames, k, v)
+
+    def _check_own_cache(self, cache: dict[str, Any], start: int) -> None:
+        """Raise if the model's own attention would read keys that its cache does not hold."""
+        freed = self._attachment.freed_caches is not None and not cache["k"].numel()
+        if freed or (start > 0 and self._attachment.followers.in_video(cache["k"])):
+            raise RuntimeError(
+                "a call with gradients goes to the model's own attention, but the blocks before it went to memory, and "
+                "its cache does not hold them; make the whole video under torch.no_grad(), or call unpatch() before it"
+            )
 
     @property
     def _follower(self) -> Follower[Any]:

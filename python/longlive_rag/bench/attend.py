@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longlive_rag import ops, rotary
 from longlive_rag.bench.common import Call, Case, Machine, Row
+from longlive_rag.ops._attend_arguments import Arguments
 
 PEERS = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
 CPU_PEERS = {"SDPA": SDPBackend.MATH}
@@ -62,18 +63,6 @@ CASES = {
     "head_dim 64, 1024 tokens": Sizes(12, 64, 1024, 3, 12),
 }
 CPU_CASES = {"2 heads, 96 tokens": Sizes(2, 128, 96, 3, 12)}
-
-
-class Arguments(NamedTuple):
-    """Arguments of `ops.attend`, in its order."""
-
-    q: Tensor
-    k_pages: Tensor
-    v_pages: Tensor
-    slots: Tensor
-    positions: Tensor
-    query_position: Tensor
-    frequencies: Tensor
 
 
 def cases(machine: Machine) -> dict[str, Case]:

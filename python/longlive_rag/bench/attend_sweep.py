@@ -13,10 +13,12 @@ from torch import Tensor
 
 from longlive_rag import ops
 from longlive_rag.bench import attend
-from longlive_rag.bench.attend import WAN_1_3B, WAN_14B, Arguments, Sizes
+from longlive_rag.bench.attend import WAN_1_3B, WAN_14B, Sizes
 from longlive_rag.bench.common import Call, Case, Machine, Row
 from longlive_rag.native import kernels_on
+from longlive_rag.ops._attend_arguments import Arguments
 from longlive_rag.ops.attend import launch as launch_kernel
+from longlive_rag.ops.attend import plan
 
 
 class Variant(NamedTuple):
@@ -89,5 +91,5 @@ def launch(variant: Variant, arguments: Arguments, out: Tensor, lse: Tensor) -> 
     """Run one variant into `out` [B, L, H, D] and `lse` float32 [B, L, H]."""
     extension = kernels_on(out.device)
     assert extension is not None
-    options = extension.AttendOptions(kernel=variant.kernel, key_tile=variant.key_tile)
-    launch_kernel(extension, out, lse, *arguments, out.shape[3] ** -0.5, options)
+    planned = plan(extension, arguments, variant.kernel, variant.key_tile)
+    launch_kernel(planned, out, lse, arguments, out.shape[3] ** -0.5)

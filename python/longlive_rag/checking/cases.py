@@ -13,6 +13,7 @@ from torch import Tensor
 from longlive_rag import ops, rotary
 from longlive_rag.checking.variants import Variant
 from longlive_rag.ops import _portable
+from longlive_rag.ops._attend_arguments import Arguments
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -151,12 +152,13 @@ def _attend(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
     slots = torch.nn.functional.pad(order[: batch * entries].view(batch, entries), (1, 2), value=-5)
     positions = torch.arange(slots.shape[1], device=device, dtype=torch.int32).expand(batch, -1).contiguous()
     query_position = (20 + torch.arange(frames, device=device, dtype=torch.int32)).expand(batch, -1).contiguous()
-    tables = (slots, positions, query_position, rotary.temporal_frequencies(head_dim, device))
+    frequencies = rotary.temporal_frequencies(head_dim, device)
+    arguments = Arguments(q, k_pages, v_pages, slots, positions, query_position, frequencies)
     scale = head_dim**-0.5
-    got = ops.attend(q, k_pages, v_pages, *tables, scale)
+    got = ops.attend(*arguments, scale)
     if not bool(got.isfinite().all()):
         return float("inf"), 0.0
-    peer = _portable.attend(q, k_pages, v_pages, *tables, scale)
+    peer = _portable.attend(arguments, scale)
     errors = []
     # One head and one frame at a time: the float64 scores of a whole block would not fit a small GPU.
     for head in sorted({0, heads - 1}):
@@ -169,7 +171,7 @@ def _attend(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
                 slots,
                 positions,
                 query_position[:, frame : frame + 1].contiguous(),
-                tables[3],
+                frequencies,
                 scale,
             )
             errors.append([_relative(result[:, rows, some].double(), exact) for result in (got, peer)])

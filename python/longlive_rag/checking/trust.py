@@ -26,9 +26,7 @@ def trusted(name: str, device: torch.device) -> bool:
     answer = _known.get((name, device))
     if answer is not None:
         return answer
-    if os.environ.get(isolated.SWITCH) == "0" or torch.compiler.is_compiling():
-        return True
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if os.environ.get(isolated.SWITCH) == "0" or cannot_check(device):
         return True
     verdict = verdicts.read(device).get(name)
     if verdict is None:
@@ -39,6 +37,11 @@ def trusted(name: str, device: torch.device) -> bool:
         logger.warning("%s", complaint(name, device, verdict))
     _known[name, device] = verdict.trusted
     return verdict.trusted
+
+
+def cannot_check(device: torch.device) -> bool:
+    """Whether the device's stream is being captured, or torch.compile traces: then a check would be part of it."""
+    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def complaint(name: str, device: torch.device, verdict: Verdict) -> str:

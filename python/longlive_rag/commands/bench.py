@@ -14,7 +14,7 @@ from longlive_rag.options import Positional
 if TYPE_CHECKING:
     from longlive_rag.bench.common import Case, Machine
 
-Benchmark = Literal["insert", "retrieve", "attend", "pack", "layer", "block", "encoder", "portable"]
+Benchmark = Literal["insert", "retrieve", "attend", "pack", "layer", "block", "encoder", "portable", "decode"]
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,12 @@ class Bench:
         "block",
         "encoder",
     )
-    """What to measure. portable, PyTorch's attention beside the definition, is measured only when it is asked for."""
+    """What to measure. portable, PyTorch's attention beside the definition, and decode, latents to pictures, are
+    measured only when they are asked for."""
     sweep: bool = False
     """With attend, on a Hopper GPU: more sizes, every variant of the kernel, and what the rotation costs."""
     json: Path | None = None
-    """Write the results to this JSON file, with the machine, its clocks and the versions."""
+    """Write the results to this JSON file after each case, with the machine, its clocks and the versions."""
     plot: Path | None = None
     """Draw the results to this image file."""
 
@@ -65,19 +66,23 @@ class Bench:
         if facts["kernels"] != "CUDA":
             print("The CUDA kernels do not run here: this is the PyTorch reference, and no measure of them.")
         torch.manual_seed(0)
-        rows, without_room = [], []
+        rows: list[common.Row] = []
+        without_room: list[str] = []
         for name, measure in tqdm(cases.items(), unit="case", leave=False, file=sys.stderr):
             try:
                 rows.append(measure())
             except torch.cuda.OutOfMemoryError:
                 without_room.append(name)
+            else:
+                tqdm.write(f"{rows[-1].operation}  {rows[-1].case}  {common.duration(rows[-1].ours)}", file=sys.stdout)
+                sys.stdout.flush()
             machine.free()
-        print(common.table(rows))
+            if self.json is not None:  # after each case: an interrupted run keeps what it measured
+                rows_json = [row.as_json() for row in rows]
+                write_json(self.json, {"machine": facts, "rows": rows_json, "out_of_memory": without_room})
+        print(f"\n{common.table(rows)}")
         if without_room:
             print(f"not measured, for lack of GPU memory: {'; '.join(without_room)}")
-        if self.json is not None:
-            rows_json = [row.as_json() for row in rows]
-            write_json(self.json, {"machine": facts, "rows": rows_json, "out_of_memory": without_room})
         if self.plot is not None:
             common.plot(rows, self.plot)
         return 0

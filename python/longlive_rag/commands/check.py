@@ -41,9 +41,10 @@ class Check:
             check_writable(self.report)
         import torch
 
-        from longlive_rag.checking import isolated, trust, verdicts
+        from longlive_rag.checking import isolated, verdicts
         from longlive_rag.checking.variants import VARIANTS
         from longlive_rag.native import attend_variants, cuda_status
+        from longlive_rag.ops import _choice
 
         status = cuda_status()
         if not status.available:
@@ -68,7 +69,7 @@ class Check:
             instead = "" if verdict.trusted else f"; {VARIANTS[name].instead} is used instead"
             print(f"  {name:<14} {verdict.status:<8} {verdict.detail}{instead}", flush=True)
         path = verdicts.write(device, found)
-        trust.forget()
+        _choice.forget()
         print(f"Remembered in {path}." if path else "Not remembered: the cache folder cannot be written to.")
         self._write({"cuda": asdict(status), "verdicts": {name: asdict(verdict) for name, verdict in found.items()}})
         return 0 if all(verdict.trusted for verdict in found.values()) else 1

@@ -5,8 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import json
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -14,23 +13,24 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from longlive_rag.budget import Budget, BudgetOptions, format_bytes
 from longlive_rag.config import PAPER_STEPS, RetrievalConfig
 from longlive_rag.files import output_folder
-from longlive_rag.generation.prompts import read_prompts
-from longlive_rag.generation.wan_files import BACKBONES, WanFiles, find_checkpoint, find_wan_files, from_where
+from longlive_rag.generation.prompts import PromptVideo, Script, enumerate_videos, read_scripts, script_of
+from longlive_rag.generation.wan_files import (
+    BACKBONES,
+    WanFiles,
+    find_checkpoint,
+    find_tiny_decoder,
+    find_wan_files,
+    from_where,
+)
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from longlive_rag.generation.beginning import Beginning
+    from longlive_rag.generation.decoder import Decoder
     from longlive_rag.generation.pipeline import Pipeline, VideoSettings
     from longlive_rag.ranks import Ranks
-
-
-@dataclass(frozen=True)
-class PromptVideo:
-    """A prompt and where its video goes."""
-
-    prompt: str
-    path: Path
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,18 @@ class Generate:
           --wan-dir Wan2.1-T2V-1.3B --prompts prompts.txt --output videos
     """
 
+    # fmt: off
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
-        "what to make": ("output", "prompt", "prompts", "seconds", "fps", "height", "width", "replay", "overwrite"),
-        "weights": ("backbone", "wan_dir", "checkpoint", "weights", "lora", "lora_alpha", "embedding"),
+        "what to make": (
+            "output", "prompt", "prompt_at", "prompts", "image", "video", "seconds", "fps", "height", "width", "replay",
+            "overwrite",
+        ),
+        "weights": ("backbone", "wan_dir", "checkpoint", "weights", "decoder", "lora", "lora_alpha", "embedding"),
         "context policy": ("policy",),
         "sampling": ("denoising_steps", "timestep_shift", "context_noise", "seed"),
         "machine": ("device", "dtype", "low_memory", "memory", "rebuild"),
     }
+    # fmt: on
 
     backbone: Literal["self-forcing", "causal-forcing", "longlive", "wan"]
     """Family of the checkpoint; wan is any other causal few-step model with Wan's transformer."""
@@ -66,6 +71,9 @@ class Generate:
     """Folder for the videos; created if it is missing."""
     checkpoint: Path | None = None
     """Weights of the transformer: .pt, .safetensors, an index of shards, or a folder."""
+    decoder: Literal["wan", "tiny"] = "wan"
+    """What makes pictures of latents: Wan's VAE, or taehv's imitation of it, much faster and less sharp, whose file
+    taew2_1 must lie in --wan-dir."""
     lora: Path | None = None
     """LoRA to merge into the weights (LongLive has one)."""
     lora_alpha: float | None = None
@@ -74,8 +82,15 @@ class Generate:
     """Entry of a .pt checkpoint to load, such as generator_ema. Default: the one that the authors evaluate."""
     prompt: str | None = None
     """Text that describes the video; either this or --prompts must be given."""
+    prompt_at: tuple[str, ...] = ()
+    """Times at which the prompt changes, each with the new one: 10s "The fox sleeps" 20s "It wakes up"."""
     prompts: Path | None = None
-    """Text file with one prompt per line, for one video each."""
+    """Text file with one prompt per line, for one video each; in a line, @10s stands before a prompt for the time from
+    then on."""
+    image: Path | None = None
+    """Picture that each video begins with; it is held for the first block."""
+    video: Path | None = None
+    """Video, of the same frame rate, that each video goes on from: it begins with the end of that one."""
     seconds: float = 30.0
     """Length of each video, rounded up to whole blocks."""
     fps: float = 16.0
@@ -118,12 +133,20 @@ class Generate:
         from longlive_rag.generation.pipeline import video_journal
         from longlive_rag.ranks import Ranks
 
-        settings, prompts = self.settings(), self._prompts()
+        settings, scripts = self.settings(), self._scripts()
+        for script in scripts:
+            if script.changes and script.changes[-1][0] >= self.seconds:
+                raise ValueError(
+                    f"prompts must change before the video's end at {self.seconds:g}s, got {script.changes[-1][0]:g}s"
+                )
+        beginning = self._beginning(settings)
         checkpoint = find_checkpoint(self.backbone, self.checkpoint)
         for name, path in (("lora", self.lora), ("embedding", self.embedding)):
             if path is not None and not path.exists():
                 raise FileNotFoundError(f"{name} file {path} does not exist")
         files = find_wan_files(self.wan_dir)
+        if self.decoder == "tiny":
+            find_tiny_decoder(self.wan_dir)
         for package in ("diffusers", "transformers", "ftfy"):
             importlib.import_module(package)
         published_lora = BACKBONES[self.backbone].lora
@@ -141,13 +164,15 @@ class Generate:
             "lora_alpha": self.lora_alpha,
             "embedding": self.embedding.name if self.embedding else None,
             "dtype": str(dtype).removeprefix("torch."),
+            "decoder": None if self.decoder == "wan" else self.decoder,
+            "beginning": beginning.identity if beginning else None,
         }
         output = output_folder(self.output)
-        videos = list(enumerate_videos(prompts, output))[ranks.rank :: ranks.world]
-        replay = None if self.replay is None else _replayed(self.replay, prompts, facts, settings)
+        videos = list(enumerate_videos(scripts, output))[ranks.rank :: ranks.world]
+        replay = None if self.replay is None else _replayed(self.replay, scripts, facts, settings)
         todo = []
         for video in videos:
-            journal = video_journal(video.path, {"prompt": video.prompt, **facts}, settings, replay, budget, device)
+            journal = video_journal(video.path, _facts(video.script, facts), settings, replay, budget, device)
             if self.overwrite:
                 todo.append(video)
             elif _is_done(video, facts, settings):
@@ -160,17 +185,21 @@ class Generate:
         if not todo:
             return 0
 
-        embeds = self._encode([video.prompt for video in todo], files, device, dtype)
+        texts = [text for video in todo for text in video.script.texts]
+        embeds = self._encode(texts, files, device, dtype)
+        begin = None if beginning is None else _begin(beginning, files, device, dtype)
         pipeline = self.load(checkpoint, files, settings, embeds[0].shape[-1], device, dtype, budget)
         print(
             f"{len(todo)} videos of {pipeline.latent_frames} latent frames on {device}; "
             f"keys and values take {format_bytes(pipeline.held_frames * pipeline.frame_bytes)} in all."
         )
-        for video, prompt_embeds in zip(todo, embeds, strict=True):
-            more = {"prompt": video.prompt, **facts}
+        left = iter(embeds)
+        for video in todo:
+            times = [0.0, *(seconds for seconds, _ in video.script.changes)]
+            timed = [(seconds, next(left).to(device)) for seconds in times]
             try:
                 usage = pipeline.generate(
-                    prompt_embeds.to(device), video.path, more, replay=replay, overwrite=self.overwrite
+                    timed, video.path, _facts(video.script, facts), begin=begin, replay=replay, overwrite=self.overwrite
                 )
             except (MemoryError, torch.OutOfMemoryError) as error:
                 raise ValueError(
@@ -194,15 +223,26 @@ class Generate:
             policy=self.policy,
         )
 
-    def _prompts(self) -> list[str]:
+    def _scripts(self) -> list[Script]:
         if (self.prompt is None) == (self.prompts is None):
             raise ValueError(f"give either prompt or prompts, got {'neither' if self.prompt is None else 'both'}")
-        if self.prompts is not None:
-            return read_prompts(self.prompts)
-        prompt = (self.prompt or "").strip()
-        if not prompt:
-            raise ValueError("prompt must hold a prompt, got none")
-        return [prompt]
+        if self.prompts is None:
+            return [script_of(self.prompt or "", self.prompt_at)]
+        if self.prompt_at:
+            raise ValueError("prompt_at belongs to prompt; in the file of prompts, write @10s between two of a line")
+        return read_scripts(self.prompts)
+
+    def _beginning(self, settings: VideoSettings) -> Beginning | None:
+        from longlive_rag.generation.beginning import from_image, from_video
+
+        if self.image is not None and self.video is not None:
+            raise ValueError("give either image or video, got both")
+        for name, path in (("image", self.image), ("video", self.video)):
+            if path is not None and not path.is_file():
+                raise FileNotFoundError(f"{name} file {path} does not exist")
+        if self.image is not None:
+            return from_image(self.image, settings)
+        return None if self.video is None else from_video(self.video, settings)
 
     def torch_dtype(self, device: torch.device) -> torch.dtype:
         """What `dtype` means on a device."""
@@ -257,6 +297,7 @@ class Generate:
         """The transformer, VAE and embedding that the options name, checked against each other."""
         from longlive_rag.embedding import AveragePool, Embedding, LatentAutoencoder
         from longlive_rag.generation.pipeline import Pipeline
+        from longlive_rag.generation.tiny_decoder import TinyDecoder
         from longlive_rag.generation.wan_vae import StreamingDecoder
         from longlive_rag.models.checkpoints import load_causal_wan
 
@@ -278,15 +319,28 @@ class Generate:
                     f"{model.in_dim}"
                 )
             embedding = autoencoder
-        decoder = StreamingDecoder.from_files(files, device=device, dtype=dtype)
+        decoder: Decoder
+        if self.decoder == "tiny":
+            decoder = TinyDecoder.from_file(find_tiny_decoder(self.wan_dir), device=device, dtype=dtype)
+        else:
+            decoder = StreamingDecoder.from_files(files, device=device, dtype=dtype)
         return Pipeline(model, decoder, embedding, settings, low_memory=self.low_memory, budget=budget)
 
 
-def enumerate_videos(prompts: list[str], output: Path) -> Iterator[PromptVideo]:
-    """Name each prompt's video by its number and its first words."""
-    for index, prompt in enumerate(prompts):
-        words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48].rstrip("-")
-        yield PromptVideo(prompt, output / f"{'-'.join(filter(None, (f'{index:04d}', words)))}.mp4")
+def _begin(beginning: Beginning, files: WanFiles, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """Makes the latents that videos begin with: once, and with a VAE that is gone afterwards."""
+    from functools import cache
+
+    from longlive_rag.generation.beginning import encode
+    from longlive_rag.generation.wan_vae import load_vae
+
+    return cache(lambda: encode(load_vae(files, device=device, dtype=dtype), beginning.pictures()))
+
+
+def _facts(script: Script, facts: dict[str, Any]) -> dict[str, Any]:
+    """What decides what a video looks like, beside its settings."""
+    changes = [[seconds, text] for seconds, text in script.changes]
+    return {"prompt": script.prompt, "prompt_at": changes or None, **facts}
 
 
 def _is_done(video: PromptVideo, facts: dict[str, Any], settings: VideoSettings) -> bool:
@@ -301,10 +355,10 @@ def _is_done(video: PromptVideo, facts: dict[str, Any], settings: VideoSettings)
         return False
     log = video.path.with_suffix(".json")
     try:
-        before = _log_settings(json.loads(log.read_text(encoding="utf-8")), facts)
+        before = _log_settings(json.loads(log.read_text(encoding="utf-8")), _facts(video.script, facts))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{video.path} is there without a readable {log.name}; move it, or use --overwrite") from error
-    changed = changed_settings(before, {"prompt": video.prompt, **facts, **settings.flat()})
+    changed = changed_settings(before, {**_facts(video.script, facts), **settings.flat()})
     if changed:
         raise ValueError(
             f"{video.path} was made with other settings ({changed}); choose another --output, or --overwrite"
@@ -315,10 +369,13 @@ def _is_done(video: PromptVideo, facts: dict[str, Any], settings: VideoSettings)
 def _log_settings(log: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     from longlive_rag.generation.pipeline import flat_settings
 
-    return {"prompt": log["prompt"], **{name: log[name] for name in facts}, **flat_settings(log["settings"])}
+    # A log without an entry is older than that choice.
+    return {"prompt": log["prompt"], **{name: log.get(name) for name in facts}, **flat_settings(log["settings"])}
 
 
-def _replayed(path: Path, prompts: list[str], facts: dict[str, Any], settings: VideoSettings) -> list[dict[str, Any]]:
+def _replayed(
+    path: Path, scripts: Sequence[Script], facts: dict[str, Any], settings: VideoSettings
+) -> list[dict[str, Any]]:
     """What a video's JSON file says was retrieved.
 
     Raises:
@@ -328,14 +385,15 @@ def _replayed(path: Path, prompts: list[str], facts: dict[str, Any], settings: V
     from longlive_rag.generation.journal import changed_settings
     from longlive_rag.retrieval_log import recorded_retrieval
 
-    if len(prompts) != 1:
-        raise ValueError(f"replay repeats one video and takes one prompt, got {len(prompts)}")
+    if len(scripts) != 1:
+        raise ValueError(f"replay repeats one video and takes one prompt, got {len(scripts)}")
+    facts = _facts(scripts[0], facts)
     try:
         log = json.loads(path.read_text(encoding="utf-8"))
         before, retrieved, frames = _log_settings(log, facts), list(log["retrieved"]), int(log["latent_frames"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"replay must be the JSON file beside a video, got {path} ({error!r})") from error
-    changed = changed_settings(before, {"prompt": prompts[0], **facts, **settings.flat()})
+    changed = changed_settings(before, {**facts, **settings.flat()})
     if changed:
         raise ValueError(f"replay {path} is of a video with other settings ({changed})")
     recorded_retrieval(retrieved, settings.policy, frames)

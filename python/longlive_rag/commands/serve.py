@@ -34,7 +34,7 @@ class Serve:
 
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
         "server": ("host", "port", "allow_host", "output", "resume", "ahead", "seed"),
-        "weights": ("backbone", "wan_dir", "checkpoint", "weights", "lora", "lora_alpha", "embedding"),
+        "weights": ("backbone", "wan_dir", "checkpoint", "weights", "lora", "lora_alpha", "embedding", "decoder"),
         "what to make with them": ("prompt", "fps", "height", "width", "policy"),
         "sampling": ("denoising_steps", "timestep_shift", "context_noise"),
         "machine": ("device", "dtype", "memory"),
@@ -68,6 +68,8 @@ class Serve:
     """Alpha of the LoRA. Default: its rank."""
     embedding: Path | None = None
     """Checkpoint of the retrieval autoencoder used to search memory. Default: the mean of each latent channel."""
+    decoder: Literal["wan", "tiny"] = "wan"
+    """What makes pictures of latents: Wan's VAE, or taehv's imitation of it, as for generate."""
     prompt: str = _FIRST_PROMPT
     """What the video begins with."""
     fps: float = 16.0
@@ -155,6 +157,7 @@ class Serve:
             width=self.width,
             policy=self.policy,
             embedding=self.embedding,
+            decoder=self.decoder,
             denoising_steps=self.denoising_steps,
             timestep_shift=self.timestep_shift,
             context_noise=self.context_noise,

@@ -25,7 +25,7 @@ from longlive_rag.generation.video import Segment, partial_path
 from longlive_rag.selection import Retrieval
 
 _SETTINGS = "settings.json"
-_BLOCK, _SEGMENT = "block", "segment"
+_BLOCK, _SEGMENT, _BEGINNING = "block", "segment", "beginning"
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Journal:
             self.remarks.append(f"What is added may differ in its last bits: {changed}")
         for path in self.folder.iterdir():
             kept = path.name.startswith(f"{_BLOCK}-") and path.name < self._path(_BLOCK, self.blocks).name
-            kept = kept or path.name.startswith(f"{_SEGMENT}-") or path.name == _SETTINGS
+            kept = kept or path.name.startswith((f"{_SEGMENT}-", f"{_BEGINNING}-")) or path.name == _SETTINGS
             if not kept:
                 path.unlink()
         if known is None or changed or not self.blocks:
@@ -144,6 +144,17 @@ class Journal:
         if block.retrieval is not None:
             tensors |= {"frames": block.retrieval.frame_table, "similarity": block.retrieval.similarity_table}
         self._write(_BLOCK, index, tensors)
+
+    def beginning(self) -> Tensor | None:
+        """The latents [n, C, H, W] that the video begins with; None if they are not recorded, or not whole."""
+        try:
+            return self._read(_BEGINNING, 0)["latents"]
+        except (OSError, ValueError):
+            return None
+
+    def put_beginning(self, latents: Tensor) -> None:
+        """Record the latents that the video begins with, so that they are the same to the last bit another time."""
+        self._write(_BEGINNING, 0, {"latents": latents})
 
     def segments(self, pictures: int) -> Iterator[Segment]:
         """The finished segments within the first `pictures` pictures of the video; later ones are removed."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,11 @@ from longlive_rag.budget import Budget, format_bytes
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.embedding import Embedding
 from longlive_rag.files import write_json
+from longlive_rag.generation.decoder import Decoder
 from longlive_rag.generation.journal import Journal, JournalBlock
 from longlive_rag.generation.rollout import FinishedBlock, stream
-from longlive_rag.generation.sampling import PAPER_SAMPLING, Sampling
-from longlive_rag.generation.video import Frames, VideoWriter
-from longlive_rag.generation.wan_vae import StreamingDecoder
+from longlive_rag.generation.sampling import PAPER_SAMPLING, Sampling, upload
+from longlive_rag.generation.video import VideoWriter
 from longlive_rag.memory import Retrieval
 from longlive_rag.models import CausalWanModel
 from longlive_rag.retrieval_log import draw_retrieval, recorded_retrieval, retrieval_entries
@@ -115,7 +117,7 @@ class Pipeline:
 
     Args:
         model: the transformer.
-        decoder: the VAE.
+        decoder: makes pictures of latents, as Wan's VAE does.
         embedding: what memory is searched by.
         settings: of every video.
         low_memory: keep the VAE off the GPU while the transformer works.
@@ -128,7 +130,7 @@ class Pipeline:
     def __init__(
         self,
         model: CausalWanModel,
-        decoder: StreamingDecoder,
+        decoder: Decoder,
         embedding: Embedding,
         settings: VideoSettings,
         *,
@@ -150,6 +152,8 @@ class Pipeline:
         self.latent_frames = settings.latent_frames(decoder.temporal_factor)
         self.budget = budget or Budget()
         self._check_room()
+        if self.device.type == "cuda":
+            self._decoding = torch.cuda.Stream(self.device)
         if low_memory:
             decoder.offload()
 
@@ -173,10 +177,11 @@ class Pipeline:
 
     def generate(
         self,
-        prompt_embeds: Tensor,
+        prompt_embeds: Tensor | Sequence[tuple[float, Tensor]],
         path: Path,
         facts: dict[str, Any],
         *,
+        begin: Callable[[], Tensor] | None = None,
         replay: Sequence[dict[str, Any]] | None = None,
         overwrite: bool = False,
     ) -> Usage:
@@ -187,10 +192,12 @@ class Pipeline:
         byte, as without the interruption.
 
         Args:
-            prompt_embeds: [tokens, text_dim].
+            prompt_embeds: [tokens, text_dim]; or seconds of the video and the embeddings from then on, the first at 0.
             path: `.mp4` file.
             facts: more entries for the JSON file, such as the prompt; all that decides what the video looks like and
                 is not in the settings must be among them.
+            begin: makes the latents [n, C, H, W] that the video begins with, whole blocks and not all of them; called
+                once at most, since the journal keeps them.
             replay: what each block shall retrieve, the entry `retrieved` of a JSON file; default what is most similar.
             overwrite: begin anew if the video was begun with other settings.
 
@@ -220,23 +227,25 @@ class Pipeline:
             )
 
         block_shape = (1, config.block_frames, self.model.in_dim, *self.latent_size)
+        given = self._beginning(journal, begin)
+        made_blocks = max(journal.blocks, len(given))
         generator = torch.Generator().manual_seed(settings.sampling.seed)
 
         # Drawn on the CPU, block by block: the same on every device, and a longer video begins like a shorter one.
         def draw(shape: tuple[int, ...]) -> Tensor:
-            return torch.randn(shape, generator=generator).to(self.device)
+            return upload(torch.randn(shape, generator=generator), self.device)
 
         def noise() -> Iterator[Tensor]:
-            for _ in range(journal.blocks):
-                yield torch.zeros(block_shape, device=self.device)  # these are finished
+            for _ in range(made_blocks):
+                yield torch.zeros(block_shape, device=self.device)  # these are there already
             if journal.blocks:
                 generator.set_state(journal.block(journal.blocks - 1).random_state)
-            for _ in range(journal.blocks, blocks):
+            for _ in range(made_blocks, blocks):
                 yield draw(block_shape)
 
         retrieved: list[Retrieval] = []
         self.decoder.reset()
-        # One block is written while the next is made, so there are never more than two.
+        # One block is decoded and written while the next is made, so there are never more than two.
         writing: Future[None] | None = None
         with (
             VideoWriter(
@@ -252,22 +261,23 @@ class Pipeline:
             finished_blocks = stream(
                 self.model,
                 noise(),
-                prompt_embeds[None],
+                self._schedule(prompt_embeds),
                 config,
                 sampling=replace(settings.sampling, renoise=lambda _, shape: draw(shape)),
                 embedding=self.embedding,
                 selection=ReplaySelection(chosen, SimilaritySelection()),
-                given=(journal.block(index).latents for index in range(journal.blocks)),
+                given=chain((journal.block(index).latents for index in range(journal.blocks)), given[journal.blocks :]),
                 budget=self.budget,
             )
             for index, block in enumerate(tqdm(finished_blocks, desc=path.stem[:40], total=blocks, unit="block")):
-                made = None
-                if index >= journal.blocks:
-                    made = JournalBlock(block.latents.cpu(), generator.get_state(), block.retrieval)
-                pictures = self._decode_after(finished_pictures, block)
+                state = generator.get_state() if index >= journal.blocks else None
                 if writing is not None:
                     writing.result()
-                writing = writers.submit(_finish_block, journal, writer, index, made, pictures.numpy())
+                finish = partial(self._finish_block, journal, writer, index, state, finished_pictures, block)
+                if self.low_memory:
+                    finish()  # the decoder may be on the GPU only while the transformer rests
+                else:
+                    writing = writers.submit(self._beside, self._made_so_far(), finish)
                 if block.retrieval is not None:
                     retrieved.append(block.retrieval)
                 usage = block.usage
@@ -291,6 +301,68 @@ class Pipeline:
                 draw_retrieval(entries, config, self.latent_frames, seconds_per_frame, path.with_suffix(".png"))
         journal.remove()
         return usage
+
+    def _finish_block(
+        self,
+        journal: Journal,
+        writer: VideoWriter,
+        index: int,
+        state: Tensor | None,
+        finished_pictures: int,
+        block: FinishedBlock,
+    ) -> None:
+        """Record a block, decode it, and write its pictures.
+
+        Args:
+            state: of the random numbers after the block; None: it is recorded already.
+        """
+        if state is not None:
+            journal.put_block(index, JournalBlock(block.latents.cpu(), state, block.retrieval))
+        writer.write(self._decode_after(finished_pictures, block).numpy())
+
+    def _made_so_far(self) -> torch.cuda.Event | None:
+        """Marks what the GPU was given to do so far."""
+        return torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+
+    def _beside(self, made: torch.cuda.Event | None, finish: Callable[[], None]) -> None:
+        """Run `finish` while the transformer goes on: on a GPU, on a stream of its own, after `made`."""
+        if made is None:
+            return finish()
+        with torch.cuda.device(self.device), torch.cuda.stream(self._decoding):
+            self._decoding.wait_event(made)
+            finish()
+            # Before the block's latents are given back to the stream that they come from.
+            self._decoding.synchronize()
+
+    def _beginning(self, journal: Journal, begin: Callable[[], Tensor] | None) -> list[Tensor]:
+        """The blocks [1, F, C, H, W] that the video begins with."""
+        if begin is None:
+            return []
+        latents = journal.beginning()
+        if latents is None:
+            latents = begin()
+            journal.put_beginning(latents)
+        frames = self.settings.policy.block_frames
+        expected = (self.model.in_dim, *self.latent_size)
+        if latents.shape[1:] != expected or latents.shape[0] % frames or latents.shape[0] >= self.latent_frames:
+            raise ValueError(
+                f"the latents to begin with must be [n, {', '.join(map(str, expected))}], n a multiple of {frames} "
+                f"below {self.latent_frames}, got {list(latents.shape)}"
+            )
+        return list(latents[None].split(frames, dim=1))
+
+    def _schedule(self, prompts: Tensor | Sequence[tuple[float, Tensor]]) -> list[tuple[int, Tensor]]:
+        """As `stream` takes it. A prompt holds from the first block that begins at its time or later."""
+        timed = [(0.0, prompts)] if isinstance(prompts, Tensor) else prompts
+        factor, schedule = self.decoder.temporal_factor, []
+        for seconds, embeds in timed:
+            # Latent frame f > 0 begins with picture factor * (f - 1) + 1.
+            picture = seconds * self.settings.fps
+            frame = math.ceil((picture - 1) / factor - 1e-6) + 1 if picture > 0 else 0
+            if frame >= self.latent_frames:
+                raise ValueError(f"prompts must change before the video's end, got a change at {seconds:g}s")
+            schedule.append((frame, embeds[None]))
+        return schedule
 
     def _decode_after(self, finished_pictures: int, block: FinishedBlock) -> Tensor:
         """Those pictures of the block that are not finished, uint8 [N, H, W, 3]; what the decoder must see before them
@@ -325,11 +397,3 @@ class Pipeline:
                 f"{format_bytes(context * self.frame_bytes)} or {format_bytes(self.frame_bytes)} for each, got "
                 f"{format_bytes(room)}; choose a smaller context or video size"
             )
-
-
-def _finish_block(
-    journal: Journal, writer: VideoWriter, index: int, made: JournalBlock | None, pictures: Frames
-) -> None:
-    if made is not None:
-        journal.put_block(index, made)
-    writer.write(pictures)

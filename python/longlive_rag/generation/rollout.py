@@ -90,7 +90,8 @@ def stream(
         The finished blocks in order.
 
     Raises:
-        ValueError, TypeError: bad arguments, before any work; bad noise, when its block is reached.
+        ValueError, TypeError: bad arguments, before any work; noise of a wrong form, when its block is reached; noise
+            that is not finite, in place of that block.
     """
     _check_policy(config, embedding)
     open_memory = partial(
@@ -128,7 +129,8 @@ def _blocks(
 
     try:
         for block_noise in noise:
-            _check_latents("noise", block_noise, model)
+            _check_form("noise", block_noise, model)
+            check_finite = _deferred_check("noise", block_noise)
             block_noise = block_noise.contiguous()  # other strides would make a compiled model compile again
             batch, frames = block_noise.shape[:2]
             if memory is None:
@@ -157,6 +159,7 @@ def _blocks(
                     if step == 0 and memory.config.query == "draft":
                         memory.ask(clean)
             predict(clean, _context_timestep(clean, sampling))
+            check_finite()
             embeddings = memory.commit(clean)
             last = memory.retrieved[-1] if memory.retrieved else None
             retrieval = last if last and last.block_start == start else None
@@ -208,7 +211,8 @@ def rollout(
     sampling = Sampling(tuple(denoising_steps), timestep_shift, context_noise, seed, renoise)
     if not isinstance(noise, Tensor):
         raise TypeError(f"noise must be a tensor, got {type(noise).__name__}")
-    _check_latents("noise", noise, model)
+    _check_form("noise", noise, model)
+    _deferred_check("noise", noise)()  # all of it before any work
     frames = noise.shape[1]
     if frames == 0 or frames % config.block_frames:
         raise ValueError(f"noise must hold whole blocks of {config.block_frames} latent frames, got {frames}")
@@ -246,7 +250,7 @@ def _check_policy(config: RetrievalConfig, embedding: Embedding | None) -> None:
         raise TypeError(f"embedding must have a method embed(latents), got {type(embedding).__name__}")
 
 
-def _check_latents(name: str, latents: Tensor, model: CausalWanModel) -> None:
+def _check_form(name: str, latents: Tensor, model: CausalWanModel) -> None:
     if latents.ndim != 5 or latents.shape[2] != model.in_dim:
         raise ValueError(f"{name} must be [B, frames, {model.in_dim}, height, width], got {list(latents.shape)}")
     if not latents.is_floating_point():
@@ -254,8 +258,27 @@ def _check_latents(name: str, latents: Tensor, model: CausalWanModel) -> None:
     model.token_grid(latents.shape[3], latents.shape[4])
     if latents.device != model.patch_embedding.weight.device:
         raise ValueError(f"{name} is on {latents.device}, but the model is on {model.patch_embedding.weight.device}")
-    if not torch.isfinite(latents).all():
-        raise ValueError(f"{name} must be finite, got NaN or infinity")
+
+
+def _deferred_check(name: str, latents: Tensor) -> Callable[[], None]:
+    """Begin to look for NaN and infinity; the function returned raises ValueError if there are any.
+
+    What it waits for was queued before the block's work, so the device is not drained.
+    """
+    finite = torch.isfinite(latents).all()
+    event: torch.cuda.Event | None = None
+    if latents.device.type == "cuda":
+        finite = torch.empty_like(finite, device="cpu", pin_memory=True).copy_(finite, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+
+    def check() -> None:
+        if event is not None:
+            event.synchronize()
+        if not finite:
+            raise ValueError(f"{name} must be finite, got NaN or infinity")
+
+    return check
 
 
 def _check_given(given: object, noise: Tensor, config: RetrievalConfig) -> None:

@@ -87,6 +87,13 @@ class FreshNoise:
         return torch.stack([torch.randn(frames, *frame_shape, generator=g, device=g.device) for g in self.generators])
 
 
+def upload(drawn: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`. What was drawn on the CPU is copied from pinned memory: the host does not wait."""
+    if drawn.device.type == "cpu" and device.type == "cuda":
+        drawn = drawn.pin_memory()
+    return drawn.to(device, non_blocking=True)
+
+
 def denoise(
     predict: Callable[[Tensor, Tensor], Tensor],
     noise: Tensor,
@@ -113,5 +120,5 @@ def denoise(
         yield clean
         if step + 1 < len(timesteps):
             sigma = timesteps[step + 1] / STEPS
-            fresh = fresh_noise(noise.shape[0], noise.shape[1], noise.shape[2:]).to(noise)
+            fresh = upload(fresh_noise(noise.shape[0], noise.shape[1], noise.shape[2:]), noise.device).to(noise.dtype)
             latents = (1 - sigma) * clean + sigma * fresh

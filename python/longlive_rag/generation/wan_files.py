@@ -100,6 +100,24 @@ def find_wan_files(folder: Path) -> WanFiles:
     return WanFiles(*(folder / source.file for source in sources))
 
 
+_TINY_DECODERS = ("taew2_1.safetensors", "taew2_1.pth")
+
+
+def find_tiny_decoder(folder: Path) -> Path:
+    """The tiny decoder in a Wan folder.
+
+    Raises:
+        FileNotFoundError: there is none; the message says where it is published.
+    """
+    found = next((folder / name for name in _TINY_DECODERS if (folder / name).is_file()), None)
+    if found is None:
+        raise FileNotFoundError(
+            f"decoder tiny needs {' or '.join(_TINY_DECODERS)} (about 45 MB) in {folder}; it is published at "
+            f"https://github.com/madebyollin/taehv"
+        )
+    return found
+
+
 def find_checkpoint(backbone: str, checkpoint: Path | None) -> Path:
     """The transformer's checkpoint, if it exists.
 

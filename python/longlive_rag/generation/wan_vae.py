@@ -7,16 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longlive_rag.generation.decoder import Decoder, check_latents, in_bytes
 from longlive_rag.generation.wan_files import WanFiles
 from longlive_rag.models.checkpoints import load_strict
 from longlive_rag.models.tensor_files import read_tensors
 
 
-class StreamingDecoder:
+class StreamingDecoder(Decoder):
     """Decodes a video while it is being made, keeping only what its causal convolutions need of the past.
-
-    The result is that of decoding the whole video at once. The first latent frame becomes one picture, each later one
-    four.
 
     Args:
         vae: diffusers' `AutoencoderKLWan`.
@@ -42,33 +40,25 @@ class StreamingDecoder:
 
     @property
     def channels(self) -> int:
-        """Latent channels."""
         channels: int = self.vae.config.z_dim
         return channels
 
     @property
     def spatial_factor(self) -> int:
-        """Pixels per latent column or row."""
         factor: int = self.vae.config.scale_factor_spatial
         return factor
 
     @property
     def temporal_factor(self) -> int:
-        """Pictures per latent frame after the first."""
         factor: int = self.vae.config.scale_factor_temporal
         return factor
 
     @property
     def reach(self) -> int:
-        """Latent frames that it remembers, at most: two for each causal convolution, those at the finest rate too."""
+        # Two for each causal convolution, those at the finest rate too.
         return 2 * len(self._cache)
 
-    def pictures(self, latent_frames: int) -> int:
-        """Pictures that the first `latent_frames` of a video become."""
-        return max(0, self.temporal_factor * (latent_frames - 1) + 1)
-
     def reset(self) -> None:
-        """Begin a new video."""
         self.vae.clear_cache()
         # Our own reference: if the VAE is used elsewhere, it makes a new list and leaves this one alone.
         self._cache: list[Any] = self.vae._feat_map
@@ -76,18 +66,9 @@ class StreamingDecoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode the next frames of the video.
-
-        Args:
-            latents: [F, C, H, W], normalised, as the transformer outputs them.
-
-        Returns:
-            uint8 [N, H', W', 3] on the CPU, N = 4F, or 4F - 3 at the start of the video.
-        """
         from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
-        if latents.ndim != 4 or latents.shape[1] != self.channels:
-            raise ValueError(f"latents must be [F, {self.channels}, H, W], got {list(latents.shape)}")
+        check_latents(latents, self.channels)
         z = latents.to(self.device, torch.float32).transpose(0, 1)[None] * self._std + self._mean
         pictures = []
         for frame in z.to(self.dtype).split(1, dim=2):
@@ -97,15 +78,13 @@ class StreamingDecoder:
             self._first = False
             if self.vae.config.patch_size is not None:
                 pixels = unpatchify(pixels, patch_size=self.vae.config.patch_size)
-            pictures.append(pixels[0].permute(1, 2, 3, 0).float().clamp(-1, 1).add(1).mul(127.5).round().byte().cpu())
+            pictures.append(in_bytes(pixels[0].transpose(0, 1).float().add(1).div(2)))
         return torch.cat(pictures)
 
     def offload(self) -> None:
-        """Move weights and cache to the CPU until `restore`, to leave the GPU to the transformer."""
         self._move("cpu")
 
     def restore(self) -> None:
-        """Move weights and cache back."""
         self._move(self.device)
 
     def _move(self, device: torch.device | str) -> None:

@@ -35,7 +35,8 @@ def aligned(tensor: Tensor, dimensions: int = 0) -> Tensor:
     Args:
         tensor: contiguous but for its first `dimensions`; a row is what lies behind them.
     """
-    steps = math.gcd(*tensor.stride()[:dimensions]) * tensor.element_size() if dimensions else 0
-    if tensor.data_ptr() % 16 == 0 and steps % 16 == 0:
+    if tensor.data_ptr() % 16 == 0 and (
+        not dimensions or math.gcd(*tensor.stride()[:dimensions]) * tensor.element_size() % 16 == 0
+    ):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Any, Literal, overload
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, float64, int32
 
 from longlive_rag.ops import _choice, _cuda, _portable
+from longlive_rag.ops._attend_arguments import Arguments
 from longlive_rag.ops._library import FLOATING, Check, check_no_grad, define
 from longlive_rag.rotary import rotate_pairs
 
@@ -109,16 +111,9 @@ def _rotate_in_time(x: Tensor, position: Tensor, frequencies: Tensor) -> Tensor:
     return torch.cat([rotate_pairs(turned, torch.stack([angle.cos(), angle.sin()], dim=-1)), still], dim=-1)
 
 
-def _gather(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    query_position: Tensor,
-    frequencies: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _gather(arguments: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries [B, H, L, D], keys and values [B, H, N * T, D], turned to a common origin, and which keys are used."""
+    q, k_pages, v_pages, slots, positions, query_position, frequencies = arguments
     wide = torch.promote_types(q.dtype, torch.float32)
     tokens = k_pages.shape[2]
     if not len(k_pages):  # no entry can be used
@@ -139,33 +134,15 @@ def _gather(
     return queries.flatten(2, 3), keys.flatten(2, 3), pages(v_pages).flatten(2, 3), mask
 
 
-def definition(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    query_position: Tensor,
-    frequencies: Tensor,
-    scale: float,
-) -> Tensor:
-    context = (k_pages, v_pages, slots, positions, query_position, frequencies)
-    queries, keys, values, mask = _gather(q, *context)
+def definition(arguments: Arguments, scale: float) -> Tensor:
+    queries, keys, values, mask = _gather(arguments)
     out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
-    return out.masked_fill(~mask.any(dim=-1, keepdim=True), 0).transpose(1, 2).to(q.dtype).contiguous()
+    out = out.masked_fill(~mask.any(dim=-1, keepdim=True), 0).transpose(1, 2)
+    return out.to(arguments.q.dtype).contiguous()
 
 
-def _log_sum_exp(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    query_position: Tensor,
-    frequencies: Tensor,
-    scale: float,
-) -> Tensor:
-    queries, keys, _, mask = _gather(q, k_pages, v_pages, slots, positions, query_position, frequencies)
+def _log_sum_exp(arguments: Arguments, scale: float) -> Tensor:
+    queries, keys, _, mask = _gather(arguments)
     scores = (queries @ keys.transpose(-1, -2) * scale).masked_fill(~mask, -torch.inf)
     return scores.logsumexp(dim=-1).transpose(1, 2).float().contiguous()
 
@@ -182,75 +159,58 @@ def _takes(q: Tensor, *_: object) -> bool:
 
 def _pytorch(*arguments: Any) -> tuple[Tensor, Tensor | None]:
     """What runs where no kernel does: the definition, or the same in the tensors' own dtype, which is faster."""
-    *inputs, lse = arguments
-    if not inputs[0].numel():
-        return _fake(inputs[0], lse)
-    attention = _portable.attend if _choice.attend_is_portable(inputs[0].dtype) else definition
-    return attention(*inputs), _log_sum_exp(*inputs) if lse else None
+    *tensors, scale, lse = arguments
+    inputs = Arguments(*tensors)
+    if not inputs.q.numel():
+        return _fake(inputs.q, lse)
+    attention = _portable.attend if _choice.attend_is_portable(inputs.q.dtype) else definition
+    return attention(inputs, scale), _log_sum_exp(inputs, scale) if lse else None
 
 
 def _kernel(extension: ModuleType, *arguments: Any) -> tuple[Tensor, Tensor | None]:
-    q, k_pages, v_pages, slots, positions, query_position, frequencies, scale, lse = arguments
-
-    def runs() -> str:
-        sizes = _sizes(q, k_pages, slots, frequencies)
-        return extension.attend_kernel(sizes, extension.AttendOptions(), _cuda.queue(q.device)[0])
-
-    kernel = _choice.attend_kernel(q.device, runs)
+    *tensors, scale, lse = arguments
+    inputs = Arguments(*tensors)
+    planned = plan(extension, inputs)
+    kernel = _choice.attend_kernel(inputs.q.device, planned.kernel)
     if kernel is None:
         return _pytorch(*arguments)
-    out, sums = _fake(q, lse)
-    launch(
-        extension,
-        out,
-        sums,
-        q,
-        k_pages,
-        v_pages,
-        slots,
-        positions,
-        query_position,
-        frequencies,
-        scale,
-        extension.AttendOptions(kernel=kernel),
-    )
+    if kernel != planned.kernel:
+        planned = plan(extension, inputs, kernel)
+    out, sums = _fake(inputs.q, lse)
+    launch(planned, out, sums, inputs, scale)
     return out, sums
 
 
-def _sizes(q: Tensor, k_pages: Tensor, slots: Tensor, frequencies: Tensor) -> tuple[Any, ...]:
-    """`AttendSizes` of csrc/bindings.cpp."""
-    return q.shape, k_pages.shape, slots.shape[1], frequencies.shape[0], _cuda.DTYPE_CODES[q.dtype]
-
-
-def launch(
-    extension: ModuleType,
-    out: Tensor,
-    lse: Tensor | None,
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    slots: Tensor,
-    positions: Tensor,
-    query_position: Tensor,
-    frequencies: Tensor,
-    scale: float,
-    options: Any = None,
-) -> None:
-    """Launch a CUDA kernel on arguments that were checked.
+def plan(extension: ModuleType, arguments: Arguments, kernel: str = "auto", key_tile: int = 0) -> Any:
+    """`AttendPlan` of csrc/bindings.cpp: what a call decides by its sizes, decided once for all calls of these sizes.
 
     Args:
         extension: `native.kernels_on` the device.
-        out, lse: where the results go; lse None: not wanted.
-        options: `extension.AttendOptions(kernel="auto", key_tile=0)` of csrc/cuda/attend.h; None: its defaults.
+        kernel, key_tile: `AttendOptions` of csrc/cuda/attend.h, for measurements and checks.
     """
-    options = options or extension.AttendOptions()
+    q, k_pages, _, slots, _, _, frequencies = arguments
+    sizes = q.shape, k_pages.shape, slots.shape[1], frequencies.shape[0], _cuda.DTYPE_CODES[q.dtype]
+    return _plan(extension, *sizes, kernel, key_tile, _cuda.queue(q.device)[0])
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(extension: ModuleType, *sizes_and_options: Any) -> Any:
+    return extension.AttendPlan(*sizes_and_options)
+
+
+def launch(planned: Any, out: Tensor, lse: Tensor | None, arguments: Arguments, scale: float) -> None:
+    """Launch a CUDA kernel on arguments that were checked.
+
+    Args:
+        planned: `plan` of these arguments.
+        out, lse: where the results go; lse None: not wanted.
+    """
+    q, k_pages, v_pages, slots, positions, query_position, frequencies = arguments
     slots, positions, query_position = slots.contiguous(), positions.contiguous(), query_position.contiguous()
     frequencies = frequencies.contiguous()
     q, k_pages, v_pages = _cuda.aligned(q), _cuda.aligned(k_pages), _cuda.aligned(v_pages)
-    sizes = _sizes(q, k_pages, slots, frequencies)
-    device, stream = _cuda.queue(q.device)
-    workspace = _cuda.workspace(extension.attend_workspace(sizes, options, device), q)
-    extension.attend(
+    workspace = _cuda.workspace(planned.workspace, q)
+    planned.launch(
         q.data_ptr(),
         k_pages.data_ptr(),
         v_pages.data_ptr(),
@@ -261,11 +221,8 @@ def launch(
         out.data_ptr(),
         _cuda.address(lse),
         _cuda.address(workspace),
-        sizes,
         scale,
-        options,
-        device,
-        stream,
+        _cuda.queue(q.device)[1],
     )
 
 

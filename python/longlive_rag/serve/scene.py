@@ -85,7 +85,7 @@ class Scene(ABC):
         """Prompt embeddings [1, text_len, text_dim]; the same tensor as long as the prompt is the same."""
 
     @abstractmethod
-    def new_decoder(self) -> Decoder:
+    def new_decoder(self) -> BlockDecoder:
         """A decoder for a video from its first frame on."""
 
     @property
@@ -122,7 +122,7 @@ class Scene(ABC):
 
 
 @dataclass
-class Decoder:
+class BlockDecoder:
     """Turns the latents [F, C, H, W] of one block after the other into uint8 pictures [N, H, W, 3]."""
 
     decode: Callable[[Tensor], Frames]

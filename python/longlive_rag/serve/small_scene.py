@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longlive_rag.budget import Budget
 from longlive_rag.generation.sampling import Sampling
-from longlive_rag.serve.scene import Decoder, Scene, Shot, ShownPolicy, Wish
+from longlive_rag.serve.scene import BlockDecoder, Scene, Shot, ShownPolicy, Wish
 from longlive_rag.small_world import world
 from longlive_rag.small_world.backbone import (
     DENOISING_STEPS,
@@ -75,5 +75,5 @@ class SmallScene(Scene):
     def embeds(self, shot: Shot) -> Tensor:
         return self._embeds[shot.view]
 
-    def new_decoder(self) -> Decoder:
-        return Decoder(self._codec.decode, reach=0)
+    def new_decoder(self) -> BlockDecoder:
+        return BlockDecoder(self._codec.decode, reach=0)

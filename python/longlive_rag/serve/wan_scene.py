@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,8 +10,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from longlive_rag.generation.pipeline import Pipeline
-from longlive_rag.generation.wan_vae import StreamingDecoder
-from longlive_rag.serve.scene import Decoder, Scene, Shot, ShownPolicy, Wish
+from longlive_rag.serve.scene import BlockDecoder, Scene, Shot, ShownPolicy, Wish
 
 _KEPT_PROMPTS = 16
 
@@ -40,7 +40,7 @@ class WanScene(Scene):
             "latest_query": ShownPolicy("remembers: the paper’s query", replace(policy, query="latest")),
             "retrieval": ShownPolicy("remembers: draft query", replace(policy, query="draft")),
         }
-        self._vae, self._encode = pipeline.decoder.vae, encode
+        self._decoder, self._encode = pipeline.decoder, encode
         self._embeds: OrderedDict[str, Tensor] = OrderedDict()
 
     def understand(self, prompt: str) -> str:
@@ -60,7 +60,7 @@ class WanScene(Scene):
         self._embeds.move_to_end(shot.prompt)
         return self._embeds[shot.prompt]
 
-    def new_decoder(self) -> Decoder:
-        # Its own memory of the past, and the weights that all share.
-        decoder = StreamingDecoder(self._vae)
-        return Decoder(lambda latents: decoder.decode(latents).numpy(), reach=decoder.reach)
+    def new_decoder(self) -> BlockDecoder:
+        decoder = copy.copy(self._decoder)  # the weights are shared
+        decoder.reset()  # its memory of the past is its own
+        return BlockDecoder(lambda latents: decoder.decode(latents).numpy(), reach=decoder.reach)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longlive_rag.budget import Budget
 from longlive_rag.embedding import Embedding
 from longlive_rag.generation.rollout import FinishedBlock, stream
 from longlive_rag.generation.sampling import Sampling
@@ -104,6 +105,7 @@ def generate(
     videos: int,
     given: Tensor | None = None,
     embedding: Embedding | None = None,
+    budget: Budget | None = None,
 ) -> Iterator[FinishedBlock]:
     """Stream `videos` videos of one policy; `given` [videos, lap, 16, 8, 8] stands for the first lap."""
     noise = initial_noise(seed, videos, len(walk.views))
@@ -116,6 +118,7 @@ def generate(
         sampling=Sampling(DENOISING_STEPS, TIMESTEP_SHIFT, seed=seed),
         selection=policy.selection(walk, seed) if policy.selection else None,
         given=given,
+        budget=budget,
     )
 
 
@@ -185,6 +188,7 @@ def measure(
     videos: int,
     given: bool,
     embedding: Embedding | None = None,
+    budget: Budget | None = None,
     tick: Tick = lambda frames: None,
 ) -> tuple[Score, Videos]:
     """Generate and score.
@@ -192,11 +196,12 @@ def measure(
     Args:
         given: the first lap is rendered; else it is the model's own.
         embedding: what memory is searched by; default the bundled encoder.
+        budget: of the memory; default all that there is.
         tick: called with the number of frames of every finished block.
     """
     cast = world.draw_cast(np.random.default_rng(seed), videos)
     lap = first_lap(codec, walk, cast) if given else None
-    blocks = generate(model, policy, walk, seed=seed, videos=videos, given=lap, embedding=embedding)
+    blocks = generate(model, policy, walk, seed=seed, videos=videos, given=lap, embedding=embedding, budget=budget)
     result = collect(codec, blocks, tick)
     first, now, error = answers(walk, result.frames)
     truth = cast[:, [event.spot for event in revisits(walk)]] if given else first

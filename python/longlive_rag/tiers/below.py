@@ -17,7 +17,9 @@ from longlive_rag.tiers.transfer import Copy, Transfer
 
 # Records in host memory that pages go through on their way to the disk, whatever the budget: one is written while
 # another one arrives.
-_PASSING = 2
+PASSING = 2
+# And one for those on their way back from there.
+STAGED = 1
 
 
 class Below:
@@ -30,11 +32,10 @@ class Below:
 
     def __init__(self, pages: Pages, budget: Budget) -> None:
         size, pinned = pages.record_bytes, pages.device.type == "cuda"
-        self.host = HostTier(size, budget.host_bytes, least=_PASSING if budget.disk >= size else 0, pinned=pinned)
+        self.host = HostTier(size, budget.host_bytes, least=PASSING if budget.disk >= size else 0, pinned=pinned)
         self.disk = DiskTier(size, budget.disk, budget.folder) if budget.disk >= size else None
         self._record_bytes = size
-        # Frames go from the disk to the device through this one.
-        self._staging = HostTier(size, 0, least=1, pinned=pinned)
+        self._staging = HostTier(size, 0, least=STAGED, pinned=pinned)
         self._staged: Tensor | None = None
 
     def __contains__(self, entry: Entry) -> bool:
@@ -91,14 +92,14 @@ class Below:
             self.disk.load(entry, record)
         return record
 
-    def write_ahead(self, count: int, transfer: Transfer, rebuild: bool) -> None:
-        """Begin to write records to disk, so that the next block finds room for `count` pages."""
+    def write_ahead(self, count: int, resident: Set[Entry], transfer: Transfer, rebuild: bool) -> None:
+        """Begin to write records to disk, so that the next block finds room for `count` pages; see `record`."""
         if self.disk is None:
             return
         waiting = [entry for entry in self.host.records if entry not in self.disk.places]
         short = count - self.host.free - (len(self.host.records) - len(waiting))
         for entry in waiting[: max(0, short)]:
-            if not self._room_on_disk(rebuild):
+            if not self._room_on_disk(resident, rebuild):
                 break
             self.disk.store(entry, self.host.records[entry], transfer.sent())
 
@@ -124,27 +125,27 @@ class Below:
     def _free_record(self, resident: Set[Entry], transfer: Transfer, rebuild: bool) -> bool:
         """Have one record fewer in host memory, without losing a frame."""
         records = self.host.records
-        if self._demote(transfer, replace=False):
+        if self._demote(resident, transfer, replace=False):
             return True
         # A second copy of what stays on the device, the most recently used first.
         twice = (entry for entry in reversed(records) if entry in resident and entry not in transfer.coming)
         dropped = next(twice, None)
         if dropped is None and rebuild:
-            if self._demote(transfer, replace=True):
+            if self._demote(resident, transfer, replace=True):
                 return True
             dropped = next(iter(records), None)
         if dropped is not None:
             self._reuse(dropped, transfer)
         return dropped is not None
 
-    def _demote(self, transfer: Transfer, replace: bool) -> bool:
+    def _demote(self, resident: Set[Entry], transfer: Transfer, replace: bool) -> bool:
         """Have one record fewer in host memory, since it is on disk; `replace`: even if another one there must go."""
         if self.disk is None or not self.host.records:
             return False
         self.disk.settle()
         written = next((entry for entry in self.host.records if entry in self.disk.places), None)
         if written is None:
-            if not self._room_on_disk(replace):
+            if not self._room_on_disk(resident, replace):
                 return False
             written = next(iter(self.host.records))
             self.disk.store(written, self.host.records[written], transfer.sent())
@@ -159,10 +160,15 @@ class Below:
             transfer.finish()
         self.host.drop(entry)
 
-    def _room_on_disk(self, rebuild: bool) -> bool:
+    def _room_on_disk(self, resident: Set[Entry], replace: bool) -> bool:
+        """Whether another record fits, if need be in place of a second copy of what stays on the device."""
         assert self.disk is not None
-        if self.disk.full and rebuild and self.disk.places:
-            self.disk.drop(next(iter(self.disk.places)))
+        if self.disk.full:
+            going = next((entry for entry in self.disk.places if entry in resident), None)
+            if going is None and replace:
+                going = next(iter(self.disk.places), None)
+            if going is not None:
+                self.disk.drop(going)
         return not self.disk.full
 
     def _bring_from_disk(self, entry: Entry, slot: int, transfer: Transfer, rebuild: bool) -> bool:

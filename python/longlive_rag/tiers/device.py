@@ -13,6 +13,11 @@ _UNFORESEEN = 1 / 20
 workspaces of libraries, larger kernels of a later step. Unmeasured."""
 
 
+def unforeseen_bytes(total: int) -> int:
+    """What is left free of a device that has `total` bytes, unless there is a budget."""
+    return int(_UNFORESEEN * total)
+
+
 class DevicePool:
     """Per layer two pools ``[slot, head, token, dim]``.
 
@@ -108,7 +113,7 @@ class DevicePool:
         free, total = torch.cuda.mem_get_info(self._device)
         held, peak = torch.cuda.memory_allocated(self._device), torch.cuda.max_memory_allocated(self._device)
         unused = torch.cuda.memory_reserved(self._device) - held
-        room = free + unused - (peak - held) - int(_UNFORESEEN * total)
+        room = free + unused - (peak - held) - unforeseen_bytes(total)
         return self.slots + max(0, room) // self.slot_bytes
 
 

@@ -20,6 +20,11 @@ _SLAB = 2**30
 """Bytes of the file that are claimed at once: whole records, at least one."""
 
 
+def records_at_once(record_bytes: int) -> int:
+    """Records by which the file grows."""
+    return max(1, _SLAB // record_bytes)
+
+
 class DiskTier:
     """Records written one after the other by a thread, while the next block is made.
 
@@ -132,7 +137,7 @@ class DiskTier:
 
     def _claim(self) -> None:
         """Make room for more records, as far as budget and disk allow."""
-        count = min(max(1, _SLAB // self._record_bytes), self._limit - self._allocated)
+        count = min(records_at_once(self._record_bytes), self._limit - self._allocated)
         if count <= 0:
             return
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -32,6 +33,18 @@ def slab_bytes(record_bytes: int, room: int, pinned: bool) -> int:
     return size if size >= record_bytes else 0
 
 
+def slabs(record_bytes: int, room: int, pinned: bool) -> Iterator[int]:
+    """Sizes of all slabs of records that `room` bytes have room for, one after the other."""
+    while size := slab_bytes(record_bytes, room, pinned):
+        yield size
+        room -= size
+
+
+def host_room(record_bytes: int, budget: int, least: int, pinned: bool) -> int:
+    """Bytes that slabs may take: the budget, or what this number of records needs."""
+    return max(budget, least * (_rounded(record_bytes) if pinned else record_bytes))
+
+
 class HostTier:
     """Records in slabs that are allocated as they are needed.
 
@@ -45,7 +58,7 @@ class HostTier:
 
     def __init__(self, record_bytes: int, budget: int, *, least: int, pinned: bool) -> None:
         self._record_bytes, self._pinned = record_bytes, pinned
-        self._room = max(budget, least * (_rounded(record_bytes) if pinned else record_bytes))
+        self._room = host_room(record_bytes, budget, least, pinned)
         self._slabs: list[Tensor] = []
         self._free: list[Tensor] = []
         # Records at the head of the newest slab that were never taken.

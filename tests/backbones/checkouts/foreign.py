@@ -27,7 +27,10 @@ from torch import Tensor
 PUBLISHED_TOKENS = {1560: 1, 3120: 2, 4680: 3, 32760: 21}
 """Constants of the published size, in latent frames."""
 PUBLISHED_HEADS = (12, 128)
-NEVER_DOUBLED = {"flash_attn", "flash_attn_interface", "sageattention", "transformer_engine", "triton"}
+NEVER_DOUBLED = {
+    "cublas_ops", "flash_attn", "flash_attn_interface", "intel_extension_for_pytorch", "sageattention",
+    "torch_directml", "torch_mlu", "torch_npu", "transformer_engine", "triton", "xformers",
+}  # fmt: skip
 """Packages whose absence the repositories handle themselves."""
 
 LOADING = {"low_cpu_mem_usage", "torch_dtype", "device_map"}
@@ -92,12 +95,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
     def get_code(self, fullname: str) -> types.CodeType:
         tree = ast.parse(self.get_data(self.path), self.path)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                for alias in node.names:
-                    _double_if_missing(alias.name)
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                _double_if_missing(node.module, [alias.name for alias in node.names])
+        double_missing(tree)
         return compile(_TinySizes(self.sizes).visit(tree), self.path, "exec", dont_inherit=True)
 
     def exec_module(self, module: types.ModuleType) -> None:
@@ -112,7 +110,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     """Finds the modules of one checkout."""
 
     def __init__(self, root: Path, sizes: Sizes) -> None:
-        self._root, self._sizes = str(root), sizes
+        self._root, self._sizes = f"{root}{os.sep}", sizes
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         spec = importlib.machinery.PathFinder.find_spec(fullname, [self._root] if path is None else path)
@@ -122,6 +120,16 @@ class _Finder(importlib.abc.MetaPathFinder):
         loader.sizes = self._sizes
         spec.loader = loader
         return spec
+
+
+def double_missing(tree: ast.AST) -> None:
+    """Doubles in the place of whatever the code imports that is not installed."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                _double_if_missing(alias.name)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            _double_if_missing(node.module, [alias.name for alias in node.names])
 
 
 def _double_if_missing(name: str, parts: Sequence[str] = ()) -> None:

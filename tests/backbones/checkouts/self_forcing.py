@@ -21,7 +21,13 @@ class CausalForcing(Driver):
         window = {"local_attn_size": 9, "sink_size": 1}
         return [
             Case("chunk-wise, window 9, sink 1", sizes_in_turn(frames), {"model_kwargs": window}),
+            Case("chunk-wise, batch of 2", (Video(30, batch=2),), {"model_kwargs": window}),
             Case("frame-wise, window 9, sink 1", (Video(30),), {"model_kwargs": window, "num_frame_per_block": 1}),
+            Case(
+                "frame-wise, image-to-video",
+                (Video(30, given=1),),
+                {"model_kwargs": window, "num_frame_per_block": 1},
+            ),
         ]
 
 
@@ -102,7 +108,14 @@ class CausVid(Driver):
     models = ("causvid.models.wan.causal_model",)
 
     def cases(self, frames: int) -> list[Case]:
-        return [Case("all of the past", sizes_in_turn(21, other=21))]
+        given = (Video(21, given=6),)
+        return [Case("all of the past", sizes_in_turn(21, other=21)), Case("6 of its frames given", given)]
+
+    def generate(self, pipeline: Any, video: Video) -> Tensor:
+        self.resize(pipeline, video.size, video.batch)
+        torch.manual_seed(video.seed)
+        prompts = list(video.prompts) * video.batch
+        return pipeline.inference(video.noise(), prompts, start_latents=video.initial(), return_latents=True)[1]
 
     def make(self, args: Settings) -> Any:
         models = importlib.import_module("causvid.models")
@@ -127,6 +140,7 @@ class Krea(Driver):
         return [
             Case("cache of 6 frames", sizes_in_turn(frames)),
             Case("cache of 6 frames, projections fused", (Video(30),), {"fuse": True}),
+            Case("prompt switch", (Video(30, prompts=("a cat", "a dog"), switches=(15,)),)),
         ]
 
     def build(self, settings: dict[str, Any]) -> Any:
@@ -142,7 +156,7 @@ class Krea(Driver):
         torch.manual_seed(video.seed)
         noise, model, frames = video.noise(), pipeline.generator.model, pipeline.num_frame_per_block
         output = torch.zeros_like(noise)
-        conditional = pipeline.text_encoder(list(video.prompts) * video.batch)
+        conditional = pipeline.text_encoder([video.prompts[0]] * video.batch)
         pipeline._initialize_crossattn_cache(video.batch, noise.dtype, noise.device)
         pipeline._initialize_kv_cache(video.batch, noise.dtype, noise.device)
         steps = pipeline.denoising_step_list
@@ -162,6 +176,10 @@ class Krea(Driver):
                 times = torch.zeros(clean.shape[:2])
                 pipeline.generator(noisy_image_or_video=clean, timestep=times, kv_cache=pipeline.kv_cache1, **call)
                 model.block_mask = None
+            if start in video.switches:  # after the pass that fills the cache, which is still under the old prompt
+                conditional |= pipeline.text_encoder([video.prompts[video.switches.index(start) + 1]] * video.batch)
+                pipeline._initialize_crossattn_cache(video.batch, noise.dtype, noise.device)
+                call["crossattn_cache"] = pipeline.crossattn_cache
             latents = noise[:, start : start + frames]
             for step, time in enumerate(steps):
                 times = time * torch.ones(latents.shape[:2])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from longlive_rag.backbones.families.anyflow import AnyFlow
 from longlive_rag.backbones.families.causvid import CausVid
+from longlive_rag.backbones.families.comfyui import ComfyUI
 from longlive_rag.backbones.families.infinity_rope import InfinityRoPE
 from longlive_rag.backbones.families.krea import Krea
 from longlive_rag.backbones.families.longlive import LongLive
@@ -28,5 +29,6 @@ FAMILIES: tuple[Family, ...] = (
     Krea(),
     SelfForcing(),
     AnyFlow(),
+    ComfyUI(),
 )
 """The first that fits counts, so a family that builds on another precedes it."""

@@ -91,12 +91,13 @@ class _ChunkAttention:
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = signature.bind(*args, **kwargs).arguments
             cached = call.get("kv_cache") is not None
-            if cached and not self._gradients.needed(self._module, call["hidden_states"]):
-                self._begin(call)
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self._follower = None
+            with self._attachment.one_call:
+                if cached and not self._gradients.needed(self._module, call["hidden_states"]):
+                    self._begin(call)
+                try:
+                    return original(*args, **kwargs)
+                finally:
+                    self._follower = None
 
         return forward
 
