@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 import urllib.request
 from pathlib import Path
@@ -90,6 +91,14 @@ def test_who_does_not_read_holds_up_nobody(scene, tmp_path):
         assert state(address)["trouble"] is None
         for connection in lazy:
             connection.close()
+
+
+def test_the_client_in_the_docs_works(scene, tmp_path, capsys):
+    text = (Path(__file__).parents[2] / "docs" / "serve.md").read_text(encoding="utf-8")
+    code = text[text.index("    import asyncio") : text.index("    asyncio.run(main())") + 23]
+    with serving(Studio(scene, tmp_path, ahead=1.0)) as address:
+        exec(textwrap.dedent(code).replace("127.0.0.1:8765", address.split("/")[2]), {})
+    assert "20 here" in capsys.readouterr().out
 
 
 def start(folder: Path, *more: str) -> tuple[subprocess.Popen[str], str]:
