@@ -19,6 +19,7 @@ let made = 1; // seconds of video made in a second
 let shownBlock = -1;
 let trouble = null;
 const pendingMarks = [];
+const tones = new Map();
 
 const socket = new Socket(hear, (reason) => {
   status("lost", reason || "The server does not answer; trying again …");
@@ -191,6 +192,7 @@ function describe() {
     }),
   );
   const places = state.places.length > 0;
+  $("steer-title").textContent = places ? "Go to" : "Steer it";
   $("prompt-form").hidden = places;
   $("cameras").hidden = $("keys-places").hidden = $("places").hidden = !places;
   if ($("places").childElementCount !== state.places.length) {
@@ -249,7 +251,8 @@ function announce(text) {
 function tone(prompt) {
   const place = state?.places.indexOf(prompt) ?? -1;
   if (place >= 0) return place;
-  return [...prompt].reduce((sum, letter) => (sum * 31 + letter.codePointAt(0)) % 997, 7) % 4;
+  if (!tones.has(prompt)) tones.set(prompt, tones.size % 4); // in order, so that neighbours differ
+  return tones.get(prompt);
 }
 
 // The newest policy from the right that remembers: its memory is shown.
