@@ -1,6 +1,8 @@
 """Train the small world's backbone; about an hour on one CPU core.
 
     python examples/small_world/train_backbone.py --output FOLDER
+    python examples/small_world/train_backbone.py --output FOLDER --inhabitants creatures \\
+        --start python/longlive_rag/small_world/assets/backbone.safetensors --codec FOLDER/drift_codec.safetensors
 
 leaves FOLDER/backbone.safetensors, and FOLDER/backbone.state for --resume. Teacher forcing over chunks of 16 frames:
 each frame has one clean stream (timestep 0) and two noisy ones, and all of them attend to exactly what the frame would
@@ -13,36 +15,46 @@ import argparse
 import math
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import creature_data
 import training_data
 from joint_attention import JointAttention
 from longlive_rag import rotary
 from longlive_rag.files import atomic_path, load_checkpoint, output_folder
-from longlive_rag.small_world.backbone import ASSETS, SmallBackbone, load_codec
-from training_data import Batch, LatentWorld
+from longlive_rag.small_world.backbone import ASSETS, SmallBackbone, load_backbone, load_codec
+from longlive_rag.small_world.codec import Codec
+from training_data import Batch
 
 WARM_UP = 100  # steps
 SAVE_EVERY = 120  # seconds
 EMA_DECAY = 0.998
+WORLDS: dict[str, tuple[Callable[[Codec], Any], Callable[[Any, np.random.Generator, int], Batch]]] = {
+    "sprites": (training_data.LatentWorld, training_data.draw_batch),
+    "creatures": (creature_data.CreatureWorld, creature_data.draw_batch),
+}
 
 
 class BackboneTrainer:
     """The model, its moving average and its optimiser.
 
-    `elapsed` is the training time in seconds. The learning rate follows it, so that a run ends on time on any machine.
+    Args:
+        steps: of the whole training, along which the learning rate falls.
+        start: weights to begin with; default random ones.
     """
 
-    def __init__(self, minutes: float, learning_rate: float, seed: int) -> None:
+    def __init__(self, steps: int, learning_rate: float, seed: int, start: Path | None = None) -> None:
         torch.manual_seed(seed)
-        self.minutes, self.learning_rate, self.seed = minutes, learning_rate, seed
-        self.step, self.elapsed = 0, 0.0
-        self.model = SmallBackbone()
+        self.steps, self.learning_rate, self.seed = steps, learning_rate, seed
+        self.step = 0
+        self.model = load_backbone(start).requires_grad_(True).train() if start else SmallBackbone()
         self.average = {name: value.clone() for name, value in self.model.state_dict().items()}
         named = dict(self.model.named_parameters())
         decayed = [name for name, value in named.items() if value.ndim >= 2 and name != "prompts"]
@@ -55,7 +67,6 @@ class BackboneTrainer:
         self.spatial = rotary.spatial_rotation(*self.model.token_grid(8, 8), head_dim)
         self.frequencies = rotary.temporal_frequencies(head_dim)
         self.compiled_loss = torch.compile(self.loss, dynamic=False)
-        self.compiled = False  # the first step compiles, and its time does not count
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Weighted mean square error of the clean prediction, and the error of each noisy frame."""
@@ -68,12 +79,11 @@ class BackboneTrainer:
         return error.mean(), error.detach().mean(dim=(3, 4, 5))
 
     def rate(self) -> float:
-        """Factor of the learning rate: linear warm-up, then a cosine over `minutes`."""
-        part = min(1.0, self.elapsed / (60 * self.minutes))
+        """Factor of the learning rate: linear warm-up, then a cosine over `steps`."""
+        part = min(1.0, self.step / self.steps)
         return min(1.0, (self.step + 1) / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * part)) + 0.005
 
     def train_step(self, batch: Batch) -> tuple[float, Tensor]:
-        begun = time.monotonic()
         loss, errors = self.compiled_loss(batch)
         self.optimizer.zero_grad()
         loss.backward()
@@ -86,9 +96,6 @@ class BackboneTrainer:
         with torch.no_grad():
             current = self.model.state_dict()
             torch._foreach_lerp_(list(self.average.values()), [current[name] for name in self.average], 1 - decay)
-        if self.compiled:
-            self.elapsed += time.monotonic() - begun
-        self.compiled = True
         return loss.item(), errors
 
     def save(self, path: Path) -> None:
@@ -100,7 +107,6 @@ class BackboneTrainer:
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
-            "elapsed": self.elapsed,
         }
         with atomic_path(path.with_suffix(".state")) as partial:
             torch.save(state, partial)
@@ -109,7 +115,7 @@ class BackboneTrainer:
         state = load_checkpoint(path.with_suffix(".state"))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.average, self.step, self.elapsed = state["average"], state["step"], state["elapsed"]
+        self.average, self.step = state["average"], state["step"]
         torch.manual_seed(self.seed + self.step)
 
 
@@ -122,7 +128,14 @@ def main() -> None:
         default=ASSETS / "codec.safetensors",
         help="weights of the codec; default bundled",
     )
-    parser.add_argument("--minutes", type=float, default=60.0, help="training time; default 60")
+    parser.add_argument("--steps", type=int, default=2800, help="of the training; default 2800")
+    parser.add_argument("--start", type=Path, help="weights to begin with; default random ones")
+    parser.add_argument(
+        "--inhabitants",
+        choices=list(WORLDS),
+        default="sprites",
+        help="of the codebook, or without one; default sprites",
+    )
     parser.add_argument("--chunks", type=int, default=8, help="chunks in a batch; default 8")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -130,15 +143,16 @@ def main() -> None:
     options = parser.parse_args()
 
     weights = output_folder(options.output) / "backbone.safetensors"
-    trainer = BackboneTrainer(options.minutes, options.learning_rate, options.seed)
+    trainer = BackboneTrainer(options.steps, options.learning_rate, options.seed, options.start)
     if options.resume:
         trainer.resume(weights)
     generator = np.random.default_rng([options.seed, trainer.step])
-    latent_world = LatentWorld(load_codec(options.codec))
-    saved = time.monotonic()
+    open_world, draw_batch = WORLDS[options.inhabitants]
+    latent_world = open_world(load_codec(options.codec))
+    saved = begun = time.monotonic()
     by_level = defaultdict(list)
-    while trainer.elapsed < 60 * options.minutes:
-        batch = training_data.draw_batch(latent_world, generator, options.chunks)
+    while trainer.step < options.steps:
+        batch = draw_batch(latent_world, generator, options.chunks)
         loss, errors = trainer.train_step(batch)
         level = batch.timestep.view(options.chunks, -1, training_data.CHUNK)[:, 1:] / 1000
         for value in training_data.noise_levels().tolist():
@@ -146,7 +160,8 @@ def main() -> None:
             by_level[value].append((errors[chosen] * (level[chosen] + 0.1)).mean().item())
         if trainer.step % 25 == 0:
             levels = " ".join(f"{value:.2f}:{np.nanmean(values):.4f}" for value, values in by_level.items())
-            print(f"step {trainer.step} minutes {trainer.elapsed / 60:.2f} loss {loss:.4f} {levels}", flush=True)
+            minutes = (time.monotonic() - begun) / 60
+            print(f"step {trainer.step} minutes {minutes:.2f} loss {loss:.4f} {levels}", flush=True)
             by_level.clear()
         if time.monotonic() - saved > SAVE_EVERY:
             trainer.save(weights)

@@ -61,6 +61,9 @@ COMMANDS = {
         "longlive_rag.commands.vbench", "Vbench", "videos for VBench-Long, and its results as a table", "measure"
     ),
     "bench": Command("longlive_rag.commands.bench", "Bench", "how fast the operations run here", "measure"),
+    "bench-memory": Command(
+        "longlive_rag.commands.bench_memory", "BenchMemory", "which memory keeps a long video true to itself", "measure"
+    ),
 }
 
 _SENTENCE = "Long videos from autoregressive diffusion models, with retrieval memory."

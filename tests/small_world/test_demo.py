@@ -74,7 +74,7 @@ def test_workers_give_what_this_process_gives():
 
 def test_report_and_pictures(tmp_path, scores):
     walk = world.walk("cuts", 41)
-    facts = {name: report.entry(walk, score, score) for name, (score, _) in scores.items()}
+    facts = {name: report.entry(walk, {"given": score, "generated": score}) for name, (score, _) in scores.items()}
     facts = json.loads(json.dumps(facts))
     for entry in facts.values():
         for name in ("identity_accuracy", "identity_accuracy_generated"):

@@ -143,7 +143,7 @@ def test_the_scripts_write_weights_that_load_into_the_folder_they_are_given(tmp_
     codec = output / "codec.safetensors"
     load_codec(codec)
     for resume in ([], ["--resume"]):
-        run_example(monkeypatch, train_backbone.main, "--output", output, "--codec", codec, "--minutes", 0, *resume)
+        run_example(monkeypatch, train_backbone.main, "--output", output, "--codec", codec, "--steps", 0, *resume)
         load_backbone(output / "backbone.safetensors")
     assert {path.name for path in output.iterdir()} == {
         "codec.safetensors",

@@ -67,7 +67,10 @@ class Demo:
         policies = {
             name: {
                 "label": POLICIES[name].label,
-                **report.entry(walk, results[Condition(name, given=True)][0], results[Condition(name, given=False)][0]),
+                **report.entry(
+                    walk,
+                    {"given": results[Condition(name, True)][0], "generated": results[Condition(name, False)][0]},
+                ),
             }
             for name in SHOWN
         }

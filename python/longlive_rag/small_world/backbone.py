@@ -59,14 +59,14 @@ def load_codec(path: Path = ASSETS / "codec.safetensors") -> Codec:
         OSError, ValueError: the file is missing, damaged or belongs to another model.
     """
     codec = Codec()
-    _load(codec, path)
+    load_weights(codec, path)
     return codec.eval().requires_grad_(False)
 
 
 def load_backbone(path: Path = ASSETS / "backbone.safetensors") -> SmallBackbone:
     """The bundled backbone, in float32; raises as `load_codec`."""
     backbone = SmallBackbone()
-    _load(backbone, path)
+    load_weights(backbone, path)
     return backbone.eval().requires_grad_(False)
 
 
@@ -75,7 +75,8 @@ def load_encoder() -> LatentAutoencoder:
     return LatentAutoencoder.from_checkpoint(ASSETS / "encoder.safetensors").requires_grad_(False)
 
 
-def _load(module: nn.Module, path: Path) -> None:
+def load_weights(module: nn.Module, path: Path) -> None:
+    """Fill a module with weights of any precision; raises as `load_codec`."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: the installation is incomplete")
     try:

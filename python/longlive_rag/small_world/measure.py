@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
 
 import numpy as np
 import torch
@@ -30,9 +26,8 @@ from longlive_rag.small_world.backbone import (
 )
 from longlive_rag.small_world.codec import LATENT_CHANNELS, LATENT_SIZE, Codec
 from longlive_rag.small_world.policies import POLICIES, Policy
+from longlive_rag.small_world.workers import Tick, in_processes
 
-Tick = Callable[[int], object]
-MAX_WORKERS = 4  # of about 0.5 GB each
 AWAY = 5  # an inhabitant out of sight for more frames than this has left every window
 
 
@@ -106,13 +101,20 @@ def generate(
     given: Tensor | None = None,
     embedding: Embedding | None = None,
     budget: Budget | None = None,
+    prompts: list[tuple[int, Tensor]] | None = None,
 ) -> Iterator[FinishedBlock]:
-    """Stream `videos` videos of one policy; `given` [videos, lap, 16, 8, 8] stands for the first lap."""
+    """Stream `videos` videos of one policy.
+
+    Args:
+        given: [videos, lap, 16, 8, 8], stands for the first lap.
+        embedding: what memory is searched by; default the bundled encoder.
+        prompts: default one for each camera position.
+    """
     noise = initial_noise(seed, videos, len(walk.views))
     return stream(
         model,
         noise.split(policy.config.block_frames, dim=1),
-        prompt_schedule(model, walk),
+        prompts or prompt_schedule(model, walk),
         policy.config,
         embedding=embedding or load_encoder(),
         sampling=Sampling(DENOISING_STEPS, TIMESTEP_SHIFT, seed=seed),
@@ -219,60 +221,31 @@ class Condition:
     given: bool
 
 
+@dataclass(frozen=True)
+class _Job:
+    condition: Condition
+    walk: world.Walk
+    seed: int
+    videos: int
+
+
 def measure_all(
     track: str, frames: int, *, policies: Sequence[str], seed: int, videos: int, tick: Tick, workers: int | None = None
 ) -> dict[Condition, tuple[Score, Videos]]:
-    """Measure the bundled backbone under several policies, each in a process of one thread, as many at a time as there
-    are cores.
-
-    A roll-out of this size is a long chain of tiny operations: two processes use two cores where two threads would not.
-    """
+    """Measure the bundled backbone under several policies; see `workers.in_processes`."""
     walk = world.walk(track, frames)
     conditions = [Condition(policy, given) for policy in policies for given in (True, False)]
-    workers = workers or min(_cores(), MAX_WORKERS)
-    context = multiprocessing.get_context("spawn")
-    counter, stop = context.Value("l", 0), context.Event()
-    executor = ProcessPoolExecutor(workers, context, _start_worker, (counter, stop))
-    told = 0
-    try:
-        futures = {executor.submit(_work, condition, walk, seed, videos): condition for condition in conditions}
-        pending = set(futures)
-        while pending:
-            _, pending = wait(pending, timeout=0.2, return_when=FIRST_EXCEPTION)
-            now = counter.value
-            tick(now - told)
-            told = now
-        return {condition: future.result() for future, condition in futures.items()}
-    finally:
-        stop.set()
-        executor.shutdown(cancel_futures=True)
+    jobs = [_Job(condition, walk, seed, videos) for condition in conditions]
+    results = {job.condition: result for job, result in in_processes(_measure_job, jobs, tick, workers)}
+    return {condition: results[condition] for condition in conditions}
 
 
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _measure_job(job: _Job, tick: Tick) -> tuple[Score, Videos]:
+    model, codec = _models()
+    policy, given = POLICIES[job.condition.policy], job.condition.given
+    return measure(model, codec, policy, job.walk, seed=job.seed, videos=job.videos, given=given, tick=tick)
 
 
-def _start_worker(counter: Any, stop: Any) -> None:
-    global _shared, _models
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles an interrupt, by setting `stop`
-    torch.set_num_threads(1)
-    _shared, _models = (counter, stop), (load_backbone(), load_codec())
-
-
-def _work(condition: Condition, walk: world.Walk, seed: int, videos: int) -> tuple[Score, Videos]:
-    counter, stop = _shared
-
-    def tick(frames: int) -> None:
-        if stop.is_set():
-            raise InterruptedError("the measurement was stopped")
-        with counter.get_lock():
-            counter.value += frames
-
-    model, codec = _models
-    policy = POLICIES[condition.policy]
-    return measure(model, codec, policy, walk, seed=seed, videos=videos, given=condition.given, tick=tick)
-
-
-_shared: Any = None
-_models: Any = None
+@cache
+def _models() -> tuple[SmallBackbone, Codec]:
+    return load_backbone(), load_codec()

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from longlive_rag.config import Query, RetrievalConfig
+from longlive_rag.embedding import Embedding
 from longlive_rag.selection import (
+    OldestAlikeSelection,
     OracleSelection,
     RandomSelection,
     RecentSelection,
@@ -29,9 +31,12 @@ class Policy:
     config: RetrievalConfig
     selection: Callable[[world.Walk, int], Selection] | None = None
     """Makes the selection for a camera walk and a seed."""
+    embedding: Callable[[], Embedding] | None = None
+    """Loads what memory is searched by; default the track's own encoder."""
 
 
-def _memory(query: Query = "latest", recency_guard: int = 0) -> RetrievalConfig:
+def memory_config(query: Query = "latest", recency_guard: int = 0) -> RetrievalConfig:
+    """A sink, memory and a window."""
     return RetrievalConfig(
         context_frames=CONTEXT,
         sink_frames=1,
@@ -62,16 +67,19 @@ def oracle(walk: world.Walk) -> OracleSelection:
 POLICIES = {
     "sliding_window": Policy("sliding window", _window(sink=0)),
     "sink_window": Policy("sink + window", _window(sink=1)),
-    "recent": Policy("newest evicted frames", _memory(), lambda walk, seed: RecentSelection()),
-    "uniform": Policy("evenly spread frames", _memory(), lambda walk, seed: UniformSelection()),
-    "random": Policy("random frames", _memory(), lambda walk, seed: RandomSelection(seed)),
+    "recent": Policy("newest evicted frames", memory_config(), lambda walk, seed: RecentSelection()),
+    "uniform": Policy("evenly spread frames", memory_config(), lambda walk, seed: UniformSelection()),
+    "random": Policy("random frames", memory_config(), lambda walk, seed: RandomSelection(seed)),
     # The paper's guard: the newest frame would find its own neighbours. A draft need not be kept from them, and a
     # camera that turns back wants them: on pans .953 without the guard, .885 with it (8 videos of the tuning seed).
     "latest_query": Policy(
-        "retrieval, newest frame asks", _memory(recency_guard=5), lambda walk, seed: SimilaritySelection()
+        "retrieval, newest frame asks", memory_config(recency_guard=5), lambda walk, seed: SimilaritySelection()
     ),
-    "retrieval": Policy("retrieval, draft asks", _memory("draft"), lambda walk, seed: SimilaritySelection()),
-    "oracle": Policy("oracle", _memory(), lambda walk, seed: oracle(walk)),
+    "retrieval": Policy("retrieval, draft asks", memory_config("draft"), lambda walk, seed: SimilaritySelection()),
+    "oldest_alike": Policy(
+        "draft asks, oldest of those alike", memory_config("draft"), lambda walk, seed: OldestAlikeSelection()
+    ),
+    "oracle": Policy("oracle", memory_config(), lambda walk, seed: oracle(walk)),
 }
 
 SHOWN = ("sliding_window", "sink_window", "random", "latest_query", "retrieval", "oracle")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,14 +14,16 @@ from longlive_rag.small_world import world
 from longlive_rag.small_world.measure import Score, Videos, revisits
 from longlive_rag.small_world.policies import POLICIES
 
+Setting = Literal["given", "generated"]
+"""Whether the first lap is rendered, or the model's own."""
 FPS = 8
 SCALE = 6  # 64 pixels become 384
 PANEL_SCALE, CAPTION = 4, 26
 KEPT, LOST = (88, 214, 121), (255, 86, 86)
 
 
-def entry(walk: world.Walk, given: Score, generated: Score) -> dict[str, Any]:
-    """The report on one policy.
+def entry(walk: world.Walk, scores: Mapping[Setting, Score]) -> dict[str, Any]:
+    """The report on one policy, whose `scores` are "given", "generated" or both.
 
     `identity_accuracy`: first lap given; `identity_accuracy_generated`: first lap generated as well. Each with its 95%
     interval over videos, their number, and chance. `_without_sink`: spots that the first frame, the sink, does not
@@ -32,11 +34,12 @@ def entry(walk: world.Walk, given: Score, generated: Score) -> dict[str, Any]:
     away = np.array([event.spot not in world.visible_spots(int(walk.views[0])) for event in events])
     laps = np.array([event.frame // walk.lap for event in events])
     facts: dict[str, Any] = {}
-    for name, score in (("identity_accuracy", given), ("identity_accuracy_generated", generated)):
+    for setting, score in scores.items():
+        name = "identity_accuracy" if setting == "given" else "identity_accuracy_generated"
         facts[name] = {**score.interval(), "chance": round(score.chance, 4)}
         facts[f"{name}_without_sink"] = score.interval(away)
         facts[f"{name}_by_lap"] = [round(float(score.correct[:, laps == lap].mean()), 4) for lap in np.unique(laps)]
-    facts["sprite_error"] = {"given": round(given.error, 4), "generated": round(generated.error, 4)}
+    facts["sprite_error"] = {setting: round(score.error, 4) for setting, score in scores.items()}
     return facts
 
 
@@ -149,9 +152,7 @@ def table(policies: Mapping[str, Mapping[str, Any]]) -> str:
     """The report as text."""
     rows = [f"{'inhabitants still themselves':30}  {'first lap given':>22}  {'first lap generated':>22}"]
     for name, facts in policies.items():
-        cells = [
-            f"{value['mean']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
-            for value in (facts["identity_accuracy"], facts["identity_accuracy_generated"])
-        ]
+        values = [facts.get(key) for key in ("identity_accuracy", "identity_accuracy_generated")]
+        cells = [f"{v['mean']:.2f} [{v['low']:.2f}, {v['high']:.2f}]" if v else "-" for v in values]
         rows.append(f"{POLICIES[name].label:30}  {cells[0]:>22}  {cells[1]:>22}")
     return "\n".join(rows)
