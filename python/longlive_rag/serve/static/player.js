@@ -36,6 +36,7 @@ export class Player {
 
   close() {
     this.opened = this.buffer = null;
+    this.working = false; // an append to a buffer that is gone never ends
     this.start = null;
     this.follow = true;
     this.video.removeAttribute("src");
@@ -64,7 +65,7 @@ export class Player {
     } catch (error) {
       if (mine === this.opened && error.name !== "QuotaExceededError") console.warn("loading failed, will try again:", error);
     }
-    this.working = false;
+    if (mine === this.opened) this.working = false;
   }
 
   async step(mine) {
