@@ -133,7 +133,7 @@ class Generate:
         from longlive_rag.generation.pipeline import video_journal
         from longlive_rag.ranks import Ranks
 
-        settings, scripts = self._settings(), self._scripts()
+        settings, scripts = self.settings(), self._scripts()
         for script in scripts:
             if script.changes and script.changes[-1][0] >= self.seconds:
                 raise ValueError(
@@ -154,8 +154,8 @@ class Generate:
             print(f"Note: without --lora. {self.backbone} is a base and {from_where([published_lora], Path('.'))}")
         budget = replace(self.memory.budget, rebuild=self.rebuild)
         ranks = Ranks.from_environment()
-        device = self._device(ranks)
-        dtype = self._dtype(device)
+        device = self.torch_device(ranks)
+        dtype = self.torch_dtype(device)
         facts = {
             "backbone": self.backbone,
             "checkpoint": checkpoint.name,
@@ -188,7 +188,7 @@ class Generate:
         texts = [text for video in todo for text in video.script.texts]
         embeds = self._encode(texts, files, device, dtype)
         begin = None if beginning is None else _begin(beginning, files, device, dtype)
-        pipeline = self._load(checkpoint, files, settings, embeds[0].shape[-1], device, dtype, budget)
+        pipeline = self.load(checkpoint, files, settings, embeds[0].shape[-1], device, dtype, budget)
         print(
             f"{len(todo)} videos of {pipeline.latent_frames} latent frames on {device}; "
             f"keys and values take {format_bytes(pipeline.held_frames * pipeline.frame_bytes)} in all."
@@ -209,7 +209,8 @@ class Generate:
             print(f"Written: {video.path}\nKeys and values in the end: {usage}", flush=True)
         return 0
 
-    def _settings(self) -> VideoSettings:
+    def settings(self) -> VideoSettings:
+        """The options as settings of a video."""
         from longlive_rag.generation.pipeline import VideoSettings
         from longlive_rag.generation.sampling import Sampling
 
@@ -243,14 +244,16 @@ class Generate:
             return from_image(self.image, settings)
         return None if self.video is None else from_video(self.video, settings)
 
-    def _dtype(self, device: torch.device) -> torch.dtype:
+    def torch_dtype(self, device: torch.device) -> torch.dtype:
+        """What `dtype` means on a device."""
         import torch
 
         automatic = "bfloat16" if device.type == "cuda" else "float32"
         dtype: torch.dtype = getattr(torch, automatic if self.dtype == "auto" else self.dtype)
         return dtype
 
-    def _device(self, ranks: Ranks) -> torch.device:
+    def torch_device(self, ranks: Ranks) -> torch.device:
+        """What `device` names; raises ValueError if it is not there."""
         import torch
 
         try:
@@ -281,7 +284,7 @@ class Generate:
             torch.cuda.empty_cache()
         return embeds
 
-    def _load(
+    def load(
         self,
         checkpoint: Path,
         files: WanFiles,
@@ -291,6 +294,7 @@ class Generate:
         dtype: torch.dtype,
         budget: Budget,
     ) -> Pipeline:
+        """The transformer, VAE and embedding that the options name, checked against each other."""
         from longlive_rag.embedding import AveragePool, Embedding, LatentAutoencoder
         from longlive_rag.generation.pipeline import Pipeline
         from longlive_rag.generation.tiny_decoder import TinyDecoder
