@@ -19,6 +19,7 @@ export class Player {
   async open(state) {
     this.close();
     const mine = (this.opened = {});
+    this.working = true; // nothing is fed before the head of the file is there
     this.number = state.video;
     this.source = new MediaSource();
     this.video.src = URL.createObjectURL(this.source);
@@ -30,7 +31,9 @@ export class Player {
     const first = await this.index.get(0);
     if (mine !== this.opened || !first) return;
     await this.append(await this.bytes(0, first.offset));
+    if (mine !== this.opened) return;
     this.start = Math.max(0, this.index.seconds - 1);
+    this.working = false;
     this.feed();
   }
 
