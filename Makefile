@@ -1,4 +1,5 @@
 # make demo    set everything up and generate the demo's videos into demo_output/
+# make serve   set everything up and start the interactive page, http://127.0.0.1:8765
 # make test    set everything up and run the tests
 # make test-anywhere    run the numerical tests again, with the plainest kernels that PyTorch has for this CPU
 # make lint    formatting, lint, types and spelling
@@ -20,10 +21,13 @@ NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.h %.cuh %.cpp %.cu,$(shell find csrc tests -type f))
 NUMERICAL_TESTS := $(addprefix tests/,backbones embedding engine generation golden models ops)
 
-.PHONY: demo test test-anywhere lint wheel clean
+.PHONY: demo serve test test-anywhere lint wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/longlive-rag demo --output demo_output
+
+serve: $(VENV)/installed
+	$(BIN)/longlive-rag serve
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -47,7 +51,7 @@ wheel: $(BIN)/python
 	$(PIP) wheel --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist demo_output
+	rm -rf $(VENV) build dist demo_output serve_output
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else f"Python 3.10 or newer is needed, $(PYTHON) is {v[0]}.{v[1]}; give another: make PYTHON=python3.11")'

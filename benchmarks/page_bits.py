@@ -26,10 +26,11 @@ from longlive_rag.intervals import bootstrap_interval
 from longlive_rag.models import CausalWanModel
 from longlive_rag.small_world import world
 from longlive_rag.small_world.backbone import load_backbone, load_codec
-from longlive_rag.small_world.benchmark import LAPS, SEED
+from longlive_rag.small_world.bench_memory import SEED
 from longlive_rag.small_world.codec import LATENT_SIZE
 from longlive_rag.small_world.measure import Score, Videos, measure
 from longlive_rag.small_world.policies import POLICIES
+from longlive_rag.small_world.tracks import TRACKS
 from longlive_rag.tiers.pages import frame_bytes
 
 PRECISIONS: dict[str, tuple[Bits, bool]] = {
@@ -83,7 +84,7 @@ def compared(score: Score, videos: Videos, reference: Score, reference_videos: V
 def in_the_world(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     model, codec = load_backbone(), load_codec()
-    walks = {track: world.walk(track, world.lap_frames(track, LAPS[track])) for track in options.tracks}
+    walks = {track: TRACKS[track].walk(TRACKS[track].size.laps) for track in options.tracks}
     conditions = [(track, name, given) for track in walks for name in options.policies for given in (True, False)]
     frames = sum(len(PRECISIONS) * len(walks[track].views) for track, _, _ in conditions)
     results: dict[str, Any] = {track: {name: {} for name in options.policies} for track in walks}

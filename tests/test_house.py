@@ -27,7 +27,7 @@ CPP_SUFFIXES = {".cu", ".cuh", ".cpp", ".h"}
 INCLUDE_LAYERS = ("emulator/", "core/", "cuda/ptx/", "cuda/", "bindings.cpp")
 
 # Modules that stand on the library, from which no library module may import.
-UPPER_ROOMS = {"bench", "cli", "commands", "evaluation", "small_world", "training"}
+UPPER_ROOMS = {"bench", "cli", "commands", "evaluation", "serve", "small_world", "training"}
 
 # With all their endings, but for the optimizer, which is what torch calls it.
 VERBS = (

@@ -137,7 +137,7 @@ def draw_contexts(generator: np.random.Generator, views: np.ndarray) -> tuple[Te
     context, distance, used = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, bool)
     for chunk, walk in enumerate(views):
         layout = generator.choice(["window", "sink", "memory"], p=[0.12, 0.13, 0.75])
-        past = {"window": COLUMNS, "sink": SINK_LOCAL, "memory": MEMORY_LOCAL}[layout]
+        past = {"window": COLUMNS, "sink": SINK_LOCAL, "memory": MEMORY_LOCAL}[str(layout)]
         for frame in range(1, CHUNK):
             entries = [(frame - d, d) for d in range(1, min(past, frame) + 1)]
             if layout != "window" and frame > past and generator.random() > 0.1:

@@ -241,7 +241,8 @@ def load_memory(
         shape: of the latents, [B, F, C, H, W], any F and C; with `model`, batch and grid are compared too.
         embedding: the one it was made with; default `AveragePool`.
         device: of the pages; default that of the model, or the CPU.
-        arguments: more for `cls`: selection and budget.
+        arguments: more for `cls`: selection and budget, which is not saved: another machine has other room. The
+            `bank.budget` of the memory that was saved makes the new one forget what that one would have.
 
     Raises:
         OSError: the file is missing or may not be read.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence, Set
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -83,7 +84,7 @@ class FrameBank:
         forgetting: Forgetting | None = None,
     ) -> None:
         budget = budget or Budget()
-        self.batch, self.budget = batch, budget
+        self.batch, self._budget = batch, replace(budget, host=budget.host_bytes)
         self.latents: LatentTier | None = None
         """What rebuilds frames that lie nowhere else."""
         self.forgotten = 0
@@ -111,7 +112,7 @@ class FrameBank:
         self._fetched: set[Entry] = set()
         # Held, but not on the device.
         self._away: set[Entry] = set()
-        self._below = Below(self._pages, budget)
+        self._below = Below(self._pages, self._budget)
         # Slot by video and frame, with a last column that stays unused: -1 finds it.
         self._table = torch.full((batch, frames + 1), UNUSED, dtype=torch.int32, device=device)
         self._table_lacks: set[int] = set()
@@ -137,17 +138,21 @@ class FrameBank:
         """Whether the device holds every frame, so that the host need not know which are retrieved."""
         return not self._away and not self.forgotten
 
+    @property
+    def budget(self) -> Budget:
+        """With what was measured where none was given: the device only once its first pools are too small."""
+        return replace(self._budget, device=self._pool.limit)
+
     def usage(self) -> Usage:
         """What is where. A frame counts for the fastest tier that has it; copies below take room there."""
         host, disk = self._below.host, self._below.disk
         in_host = self._away & host.records.keys()
         on_disk = (self._away - in_host) & (disk.places.keys() if disk else set())
-        rebuilt = len(self._away) - len(in_host) - len(on_disk)
         return Usage(
             device=TierUsage(len(self._slots), self._pool.bytes),
             host=TierUsage(len(in_host), self._below.host_bytes),
             disk=TierUsage(len(on_disk), disk.bytes if disk else 0),
-            latents=TierUsage(rebuilt, self.latents.bytes if self.latents else 0),
+            latents=TierUsage(len(self._away - in_host - on_disk), self.latents.bytes if self.latents else 0),
             forgotten=self.forgotten,
         )
 
@@ -202,8 +207,7 @@ class FrameBank:
                     self._copy_down(entry, self._window | self._fetched, leaving.keys())
         except MemoryError:
             pass  # is raised again if the next block does need the slots
-        staying = self._slots.keys() - leaving.keys()
-        self._below.write_ahead(len(self._own), staying, self.transfer, self.latents is not None)
+        self._below.write_ahead(len(self._own), self._slots.keys() - leaving, self.transfer, self.latents is not None)
 
     def release(self, frame: int) -> None:
         """Forget a frame of every video."""
@@ -324,7 +328,7 @@ class FrameBank:
             pages, room = (f"{n} pages ({format_bytes(n * self.page_bytes)})" for n in (len(used), self._pool.slots))
             raise ValueError(
                 f"budget.device must leave room for all that a block of {self.batch} videos uses, {pages}, got {room}; "
-                f"raise it, or lower context_frames, the number of videos or the size of the picture"
+                f"raise it (--device-memory), or lower context_frames, the number of videos or the size of the picture"
             )
 
     @property
@@ -351,14 +355,11 @@ class FrameBank:
             if record is not None:
                 self._below.host.put(entry, record)
                 self.transfer.send([Copy(*entry, self._slots[entry], record)])
-            elif self._rebuildable(entry):
+            elif self.latents is not None and entry[1] in self.latents:
                 return True
             elif self._forget_one(spared):
                 return False
         return True
-
-    def _rebuildable(self, entry: Entry) -> bool:
-        return self.latents is not None and entry[1] in self.latents
 
     def _forget_one(self, spared: set[Entry]) -> bool:
         """Forget a frame; whether that has freed a slot.
@@ -371,9 +372,9 @@ class FrameBank:
         if self._forgetting is None or victim is None:
             why = "forgetting is forbidden" if self._forgetting is None else "the current block uses all of them"
             raise MemoryError(
-                f"no tier has room for another frame ({len(held)} are held, "
-                f"{format_bytes(self._pages.record_bytes)} each below the device), and {why}; raise the budget of host "
-                f"memory or disk, lower the bits of pages below the device, or allow frames to be forgotten or rebuilt"
+                f"no tier has room for another frame, {format_bytes(self._pages.record_bytes)} ({len(held)} are held), "
+                f"and {why}: raise budget.host (--host-memory) or budget.disk (--disk-memory), lower budget.bits "
+                f"(--page-bits), or have frames forgotten (without --keep-all) or rebuilt (--rebuild)"
             )
         on_device = victim in self._slots
         self._remove(victim)

@@ -37,6 +37,9 @@ COMMANDS = {
     "demo": Command(
         "longlive_rag.commands.demo", "Demo", "one long video under every context policy, on any machine", "start here"
     ),
+    "serve": Command(
+        "longlive_rag.commands.serve", "Serve", "a video that grows while you watch and steer it", "start here"
+    ),
     "plan": Command(
         "longlive_rag.commands.plan",
         "Plan",

@@ -27,9 +27,16 @@ _REST = "-- COMMAND"
 # What stands for a value in the help, by its type ("") and by the name of its field.
 _PLACEHOLDERS: dict[type, dict[str, str]] = {
     bool: {"": ""},
-    int: {"": "N", "height": "PIXELS", "width": "PIXELS"},
-    float: {"": "X", "seconds": "SECONDS"},
-    str: {"": "TEXT", "command": _REST, "device": "DEVICE", "step": "prepare|collect FOLDER"},
+    int: {"": "N", "height": "PIXELS", "port": "PORT", "width": "PIXELS"},
+    float: {"": "X", "ahead": "SECONDS", "seconds": "SECONDS"},
+    str: {
+        "": "TEXT",
+        "allow_host": "NAME",
+        "command": _REST,
+        "device": "DEVICE",
+        "host": "ADDRESS",
+        "step": "prepare|collect FOLDER",
+    },
     Path: {
         "": "FILE",
         "checkpoint": "PATH",

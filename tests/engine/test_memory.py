@@ -13,6 +13,7 @@ from longlive_rag import Budget, RetrievalConfig, RetrievalMemory, rotary
 from longlive_rag.embedding import AveragePool
 from longlive_rag.models import CausalWanModel
 from longlive_rag.selection import OracleSelection, RandomSelection, RecentSelection, UniformSelection
+from support.small_memory import small_memory
 
 LAYERS, HEADS, HEAD_DIM, GRID = 2, 2, 16, (2, 3)
 TOKENS = GRID[0] * GRID[1]
@@ -22,18 +23,8 @@ SMALL = RetrievalConfig(context_frames=5, sink_frames=1, memory_frames=2, recenc
 
 
 def memory(config: RetrievalConfig = SMALL, batch: int = 2, **options: object) -> RetrievalMemory:
-    arguments: dict[str, object] = {
-        "batch": batch,
-        "layers": LAYERS,
-        "heads": HEADS,
-        "head_dim": HEAD_DIM,
-        "grid": GRID,
-        "device": "cpu",
-        "dtype": torch.float32,
-        "embedding": AveragePool(),
-        **options,
-    }
-    return RetrievalMemory(config, **arguments)  # type: ignore[arg-type]
+    sizes = {"layers": LAYERS, "heads": HEADS, "head_dim": HEAD_DIM, "grid": GRID}
+    return small_memory(config, batch=batch, **sizes, **options)
 
 
 def draw(seed: int, batch: int, frames: int) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor]:
@@ -194,7 +185,7 @@ def test_rewritten_frames_come_back_as_rewritten() -> None:
     assert engines[1].bank.capacity == 4
     assert all(torch.equal(one, other) for one, other in zip(*outputs, strict=True))
     with pytest.raises(
-        ValueError, match="budget.device must leave room for all .* 10 pages for 2 videos .* got 8 pages"
+        ValueError, match="budget.device must leave room for all that a block of 2 videos uses, 10 pages .* got 8 pages"
     ):
         engines[1].rewrite(0, [2, 3], k[:, [0, 0]], v[:, [0, 0]])
 

@@ -100,6 +100,43 @@ def test_what_fits_nowhere_is_rebuilt(model: CausalWanModel, expected: RolloutRe
     assert usage.latents.bytes == 2 * 40 * 4 * 4 * 4 * 4 and usage.host.bytes == 2 * PAGE
 
 
+LONG = {
+    "host": Budget(device=8 * PAGE, host=120 * PAGE),
+    "disk": Budget(device=8 * PAGE, host=4 * PAGE, disk=10**7),
+    "8 bits": Budget(device=8 * PAGE, host=4 * PAGE, disk=10**7, bits=8),
+    "latents": Budget(device=8 * PAGE, host=0, rebuild=True),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_long_video_in_a_fixed_budget_retrieves_the_same_frames(name: str, model: CausalWanModel) -> None:
+    """Over the same latents: with pages that are not what they were, a video of its own drifts apart. What ten minutes
+    take is in benchmarks/long_video.py."""
+    generator = torch.Generator().manual_seed(3)
+    places = torch.randn(7, 1, 4, 4, 4, generator=generator)
+    latents = torch.cat([places[frame // 6 % 7] for frame in range(120)])[None]
+    latents = latents + 0.05 * torch.randn(latents.shape, generator=generator)
+    prompt = torch.randn(1, 4, 8, generator=generator)
+    plain, tiered = (
+        list(stream(model, latents.split(2, dim=1), prompt, CONFIG, given=latents, budget=budget))
+        for budget in (Budget(), LONG[name])
+    )
+    retrieved = [
+        {block.start: block.retrieval.frames[0] for block in blocks if block.retrieval} for blocks in (plain, tiered)
+    ]
+    assert retrieved[1] == retrieved[0]
+    old = [frame for start, frames in retrieved[0].items() for frame in frames if frame < start - 20]
+    assert len(old) > 50, "which come back from below"
+    assert {block.usage.device.bytes for block in tiered} == {8 * PAGE}
+    assert len({block.usage.host.bytes for block in tiered[10:]}) == 1, "flat"
+    usage = tiered[-1].usage
+    assert usage.forgotten == 0 and sum(tier.frames for tier in usage[:4]) == 120
+    if name != "latents":
+        assert getattr(usage, "host" if name == "host" else "disk").frames > 100
+    else:
+        assert usage.latents.frames == 112
+
+
 def test_running_out_of_memory_says_which_knob_to_turn(model: CausalWanModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(*arguments: object) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor
 
 from longlive_rag import Budget, RetrievalConfig, RetrievalMemory
-from longlive_rag.embedding import AveragePool
 from longlive_rag.selection import OracleSelection, ReplaySelection
+from longlive_rag.tiers.below import STAGED
 from longlive_rag.tiers.disk import DiskTier
 from longlive_rag.tiers.forgetting import Redundancy
 from longlive_rag.tiers.host import HostTier, slab_bytes
 from longlive_rag.tiers.pages import Pages, frame_bytes
 from longlive_rag.tiers.transfer import AHEAD, Copy, Timeline, Transfer
+from support.small_memory import small_memory
 
 LAYERS, HEADS, HEAD_DIM, GRID = 4, 2, 8, (2, 2)
 TOKENS = GRID[0] * GRID[1]
@@ -35,18 +37,8 @@ DISK_ALONE = Budget(device=8 * PAGE, host=0, disk=10**9)
 
 
 def memory(budget: Budget, batch: int = 1, **options: object) -> RetrievalMemory:
-    arguments: dict[str, object] = {
-        "batch": batch,
-        "layers": LAYERS,
-        "heads": HEADS,
-        "head_dim": HEAD_DIM,
-        "grid": GRID,
-        "device": "cpu",
-        "dtype": torch.float32,
-        "embedding": AveragePool(),
-        **options,
-    }
-    return RetrievalMemory(CONFIG, budget=budget, **arguments)  # type: ignore[arg-type]
+    sizes = {"layers": LAYERS, "heads": HEADS, "head_dim": HEAD_DIM, "grid": GRID}
+    return small_memory(CONFIG, budget=budget, batch=batch, **sizes, **options)
 
 
 def scene(number: int, batch: int = 1) -> Tensor:
@@ -86,7 +78,7 @@ def test_every_tier_gives_what_the_device_alone_gives(name: str, batch: int) -> 
     assert usage.device.bytes == 8 * batch * PAGE
     if name != "host":
         assert usage.disk.frames > 100 * batch - usage.host.frames
-        assert usage.host.bytes <= (max(3 * batch, 2) + 1) * PAGE, "one frame on its way from the disk"
+        assert usage.host.bytes <= (max(3 * batch, 2) + STAGED) * PAGE
     tiered.close()
     assert tiered.usage().host.bytes == tiered.usage().disk.bytes == 0
 
@@ -110,10 +102,10 @@ def test_a_long_video_in_a_small_budget(name: str) -> None:
             assert torch.equal(expected, actual)
         seen.append(tiered.usage())
     assert {usage.device.bytes for usage in seen[5:]} == {10 * PAGE}
-    limits = {"host": 2 * blocks, "disk": 6 + 1, "forgetting": 20}
+    limits = {"host": 2 * blocks, "disk": 6 + STAGED, "forgetting": 20}
     assert max(usage.host.bytes for usage in seen) <= -(-limits[name] * PAGE // 2**26) * 2**26
     if name == "disk":
-        assert {usage.host.bytes for usage in seen[40:]} == {7 * PAGE}
+        assert {usage.host.bytes for usage in seen[40:]} == {(6 + STAGED) * PAGE}
     if name == "forgetting":
         assert {usage.host.bytes for usage in seen[40:]} == {20 * PAGE}
         held = sum(tier.frames for tier in seen[-1][:4])
@@ -228,9 +220,11 @@ def test_of_every_place_the_oldest_copy_is_kept() -> None:
 
 def test_forgetting_may_be_forbidden() -> None:
     engine = memory(Budget(device=8 * PAGE, host=4 * PAGE, forget=False))
-    with pytest.raises(
-        MemoryError, match=r"12 are held.*forgetting is forbidden; raise the budget of host memory or disk"
-    ):
+    wanted = (
+        r"\(12 are held\), and forgetting is forbidden: raise budget.host \(--host-memory\) or budget.disk "
+        r"\(--disk-memory\), lower budget.bits"
+    )
+    with pytest.raises(MemoryError, match=wanted):
         for _ in run(engine, 30):
             pass
 
@@ -288,7 +282,7 @@ def test_what_host_memory_refuses_goes_to_disk() -> None:
     ):
         for expected, actual in zip(run(plain, 20), run(tiered, 20), strict=True):
             assert torch.equal(expected, actual)
-    assert tiered.usage().host.bytes == (6 + 1) * PAGE, "one frame on its way from the disk"
+    assert tiered.usage().host.bytes == (6 + STAGED) * PAGE
     assert tiered.usage().disk.frames > 20
 
 
@@ -344,9 +338,30 @@ def test_a_place_on_disk_is_used_again() -> None:
             tier.drop((0, number - 8))
     back = torch.empty(64, dtype=torch.uint8)
     for _, number in list(tier.places):
-        tier.load((0, number), back)
+        tier.load((0, number), back).result()
         assert torch.equal(back, records[number])
     assert tier.bytes == 10 * 64
+    tier.close()
+
+
+def test_the_next_frame_is_read_while_one_is_copied() -> None:
+    """Neither of two reads goes on before the other one has begun."""
+    together, read = threading.Barrier(STAGED, timeout=60), os.preadv
+
+    def preadv(*arguments: Any) -> int:
+        together.wait()
+        return read(*arguments)
+
+    tier = DiskTier(64, 10 * 64, None, readers=STAGED)
+    records = [torch.full((64,), number, dtype=torch.uint8) for number in range(STAGED)]
+    back = [torch.empty(64, dtype=torch.uint8) for _ in records]
+    for number, record in enumerate(records):
+        assert not tier.full
+        tier.store((0, number), record, None)
+    with mock.patch("os.preadv", preadv):
+        for loading in [tier.load((0, number), record) for number, record in enumerate(back)]:
+            loading.result()
+    assert all(torch.equal(*pair) for pair in zip(back, records, strict=True))
     tier.close()
 
 

@@ -12,19 +12,23 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from longlive_rag import Budget, archive
+from longlive_rag.budget import format_bytes
 from longlive_rag.generation.journal import Journal
 from longlive_rag.generation.pipeline import Pipeline
 from longlive_rag.generation.video import VideoWriter
 from longlive_rag.generation.wan_files import find_wan_files
 from longlive_rag.generation.wan_vae import StreamingDecoder
+from longlive_rag.tiers.device import DevicePool
 from support.stopped_videos import BLOCKS, CONFIG, contents, make_video, tiny_pipeline
 from support.tiny_wan import save_original_folder
 from support.video_files import read_video
@@ -161,6 +165,56 @@ def test_finished_blocks_are_computed_again_bit_by_bit(
     assert make_video(pipeline, folder) == plain
 
 
+def machine(pipeline: Pipeline, device_frames: int, host_frames: int) -> ExitStack:
+    """A machine on which so much is measured: what is free on the device, and half of what is available of the host."""
+    stack = ExitStack()
+    available = 2 * host_frames * pipeline.frame_bytes
+    stack.enter_context(mock.patch("longlive_rag.budget.available_host_bytes", return_value=available))
+    stack.enter_context(mock.patch("longlive_rag.generation.room.available_host_bytes", return_value=available))
+    stack.enter_context(mock.patch.object(DevicePool, "_measured", lambda pool: device_frames))
+    return stack
+
+
+def test_the_room_that_was_measured_holds_for_the_whole_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = tiny_pipeline()
+    with machine(pipeline, 6, 2):
+        plain = make_video(pipeline, tmp_path / "plain")
+        folder = stop(pipeline, tmp_path / "stopped", 10, monkeypatch)
+        early = stop(pipeline, tmp_path / "early", 2, monkeypatch)  # nothing has been measured
+    with machine(pipeline, 8, 20):
+        roomy = make_video(pipeline, tmp_path / "roomy")
+        assert roomy["cat.json"] != plain["cat.json"], "other frames are forgotten"
+        assert make_video(pipeline, folder) == plain
+        assert make_video(pipeline, early) == roomy
+    assert "forgotten" not in capsys.readouterr().out
+
+
+def test_less_room_than_it_was_begun_with_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = tiny_pipeline()
+    page = pipeline.frame_bytes
+    with machine(pipeline, 6, 20):
+        plain = make_video(pipeline, tmp_path / "plain")
+        folder = stop(pipeline, tmp_path / "stopped", 8, monkeypatch)
+    with machine(pipeline, 6, BLOCKS // 2):  # all the video is here, if half of what is available would not do
+        shutil.copytree(folder, tmp_path / "enough")
+        assert make_video(pipeline, tmp_path / "enough") == plain
+    with machine(pipeline, 6, 1):
+        wanted = (
+            rf"cat.mp4 was begun with room for {format_bytes(BLOCKS * page)} of keys and values in host memory, and "
+            rf"now {format_bytes(2 * page)} are available there: .* set budget.host \(--host-memory\)"
+        )
+        with pytest.raises(ValueError, match=wanted):
+            make_video(pipeline, folder)
+        pipeline.budget = Budget(host=7 * page)
+        assert make_video(pipeline, folder) == plain
+    changed = f"host {format_bytes(20 * page)}, now {format_bytes(7 * page)}"
+    assert f"Other frames may be forgotten or come back otherwise: {changed}\n" in capsys.readouterr().out
+
+
 def test_the_decoder_of_wan_forgets_what_is_out_of_its_reach(tmp_path: Path) -> None:
     """So that it may begin in the middle of a video."""
     pytest.importorskip("diffusers", reason="diffusers is not installed")
@@ -206,6 +260,24 @@ def test_what_is_damaged_is_made_again(
     out = capsys.readouterr().out
     assert ("Going on before block 5: " in out) == name.startswith("block")
     assert f"goes on after {5 if name.startswith('block') else 8} of" in out
+
+
+def test_a_block_of_an_earlier_version_is_made_again(
+    pipeline: Pipeline,
+    stopped: Path,
+    uninterrupted: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    read = Journal._read
+
+    def without_budget(journal: Journal, kind: str, index: int) -> Any:
+        return {name: tensor for name, tensor in read(journal, kind, index).items() if (name, index) != ("budget", 3)}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "_read", without_budget)
+        assert make_video(pipeline, stopped) == uninterrupted
+    assert "Going on before block 3: " in capsys.readouterr().out
 
 
 def test_the_settings_file_may_vanish_but_its_loss_is_no_licence(

@@ -211,3 +211,20 @@ def test_the_sampler_finds_a_known_clean_latent() -> None:
 
     for prediction in denoise(true_flow, noise(2), timesteps, lambda b, f, s: torch.randn(b, f, *s)):
         torch.testing.assert_close(prediction, clean, rtol=1e-5, atol=1e-5)
+
+
+def test_a_function_steers_a_video_while_it_grows(model: CausalWanModel) -> None:
+    other = PROMPT + 1
+    asked: list[int] = []
+
+    def steer(start: int) -> torch.Tensor:
+        asked.append(start)
+        return PROMPT if start < 4 else other
+
+    steered = stream(model, noise(8).split(CONFIG.block_frames, dim=1), steer, CONFIG)
+    blocks = [next(steered)]
+    assert asked == [0], "later prompts are asked for when their blocks begin"
+    blocks += steered
+    scheduled = list(stream(model, noise(8).split(CONFIG.block_frames, dim=1), [(0, PROMPT), (4, other)], CONFIG))
+    for one, same in zip(blocks, scheduled, strict=True):
+        assert torch.equal(one.latents, same.latents)

@@ -214,9 +214,9 @@ def test_simulated_execution(header, tiles, steps, multiprocessors, seed):
             first = piece.partial - piece.part
             parts = [partials[first + i] for i in range(piece.parts)]
             maximum = max(part[0] for part in parts)
-            weights = [np.exp(part[0] - maximum) if part[0] > -np.inf else 0.0 for part in parts]
-            total = sum(weight * part[1] for weight, part in zip(weights, parts, strict=True))
-            output = sum(weight * part[2] for weight, part in zip(weights, parts, strict=True))
+            shares = [np.exp(part[0] - maximum) if part[0] > -np.inf else 0.0 for part in parts]
+            total = sum(weight * part[1] for weight, part in zip(shares, parts, strict=True))
+            output = np.sum([weight * part[2] for weight, part in zip(shares, parts, strict=True)], axis=0)
         result[piece.tile] = output / total
     for tile in range(tiles):
         weights = np.exp(scores[tile] - scores[tile].max())

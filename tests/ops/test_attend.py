@@ -182,9 +182,11 @@ def test_large_scores(device: torch.device) -> None:
     assert (got.double().cpu() - expected).norm() <= 0.02 * expected.norm()
 
 
-def test_a_nan_stays_one(device: torch.device) -> None:
+@pytest.mark.parametrize("tokens", [3, 72])
+@pytest.mark.parametrize("spare", [0, 2])
+def test_a_nan_stays_one(device: torch.device, tokens: int, spare: int) -> None:
     """In a query row: its output and log-sum-exp are NaN, not those of an empty row; others do not change."""
-    case = make_case(device, torch.bfloat16, heads=2)
+    case = make_case(device, torch.bfloat16, frames=2, tokens=tokens, heads=2, spare=spare)
     whole, whole_lse = ops.attend(*case, return_lse=True)
     case.q[0, 5, 1, 3] = torch.nan
     out, lse = ops.attend(*case, return_lse=True)

@@ -7,8 +7,10 @@ import io
 import json
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,9 +20,11 @@ from torch import Tensor
 
 from longlive_rag.cli import main
 from longlive_rag.generation.journal import Journal
+from longlive_rag.generation.pipeline import Pipeline
 from longlive_rag.models import CausalWanModel
 from longlive_rag.parallel.team import Team, join_team
 from longlive_rag.ranks import Ranks
+from longlive_rag.tiers.device import DevicePool
 from support.ranks import run_ranks
 from support.stopped_videos import CONFIG, FACTS, contents, tiny_pipeline
 from support.tiny_wan import save_original_folder
@@ -32,9 +36,18 @@ class Stopped(Exception):
     """Stands for a signal that reaches all ranks."""
 
 
-def make(folder: Path, team: Team | None, passes: int | None = None) -> Tensor | None:
-    """The video of a folder, which begins with latents that it is given and changes its prompt in frame 5; stopped
-    before the model's pass of this number. Returns the latents that this process decoded."""
+def make(
+    folder: Path, team: Team | None, passes: int | None = None, room: tuple[int, int] | None = None
+) -> Tensor | None:
+    """The video of a folder, which begins with latents that it is given and changes its prompt in frame 5.
+
+    Args:
+        passes: stopped before the model's pass of this number.
+        room: latent frames for which the device and half of the host's available memory are measured to have room.
+
+    Returns:
+        The latents that this process decoded.
+    """
     pipeline = tiny_pipeline(seconds=25 / 4)
     pipeline.team = team or Team()
     left = passes or 10**9
@@ -47,17 +60,32 @@ def make(folder: Path, team: Team | None, passes: int | None = None) -> Tensor |
         if left < 0:
             raise Stopped
 
+    def noted(latents: Tensor) -> Tensor:
+        decoded.append(latents)
+        return decode(latents)
+
     def begin() -> Tensor:
         assert pipeline.team.first, "the others need no picture"
         return torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(5))
 
     pipeline.model.register_forward_pre_hook(count)
-    pipeline.decoder.decode = lambda latents: (decoded.append(latents), decode(latents))[1]  # type: ignore[method-assign]
+    pipeline.decoder.decode = noted  # type: ignore[method-assign]
     folder.mkdir(exist_ok=True)
-    with contextlib.suppress(Stopped):
+    with contextlib.suppress(Stopped), measured(pipeline, *room) if room else contextlib.nullcontext():
         prompts = [(0.0, torch.ones(4, 8)), (4.0, -torch.ones(4, 8))]
         pipeline.generate(prompts, folder / "cat.mp4", FACTS, begin=begin)
     return torch.cat(decoded) if decoded else None
+
+
+@contextlib.contextmanager
+def measured(pipeline: Pipeline, device_frames: int, host_frames: int) -> Iterator[None]:
+    available = 2 * host_frames * pipeline.frame_bytes * pipeline.team.ranks
+    with (
+        mock.patch("longlive_rag.budget.available_host_bytes", return_value=available),
+        mock.patch("longlive_rag.generation.room.available_host_bytes", return_value=available),
+        mock.patch.object(DevicePool, "_measured", lambda pool: device_frames),
+    ):
+        yield
 
 
 def retrieved(log: Path) -> list[tuple[int, list[list[int]]]]:
@@ -76,6 +104,10 @@ def on_rank(rank: int, root: Path) -> tuple[list[str], int, Tensor | None]:
     dist.barrier()
     make(root / "stopped", team)
     make(root / "fewer ranks", team, passes=10)
+    make(root / "small machine", team, room=(5, 2))
+    for folder in ("larger machine", "larger machine, fewer ranks"):
+        make(root / folder, team, passes=13, room=(5, 2))
+    make(root / "larger machine", team, room=(8, 20))
     with pytest.raises(OSError, match="no such folder"):
         team.from_first(lambda: (_ for _ in ()).throw(OSError("no such folder")))
     return writes, blocks, decoded
@@ -104,6 +136,13 @@ def test_the_first_rank_writes_and_stopped_videos_go_on(tmp_path: Path, capsys: 
     make(folder, None)
     assert set(contents(folder)) == {"cat.mp4", "cat.json", "cat.png"}
     assert CONFIG.block_frames == 1
+
+    small = contents(tmp_path / "small machine")
+    assert small["cat.json"] != whole["cat.json"], "a frame was forgotten"
+    assert contents(tmp_path / "larger machine") == small, "what was measured at first holds"
+    make(tmp_path / "larger machine, fewer ranks", None, room=(16, 40))
+    names = ("larger machine, fewer ranks", "small machine")
+    assert len({str(retrieved(tmp_path / name / "cat.json")) for name in names}) == 1, "for as many frames"
 
 
 def free_port() -> int:

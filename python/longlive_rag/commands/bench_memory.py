@@ -18,7 +18,7 @@ class BenchMemory:
 
     Examples:
       longlive-rag bench-memory --quick --json quick.json --output quick
-      longlive-rag bench-memory --json memory.json --output memory --tracks drift long
+      longlive-rag bench-memory --tracks drift long --json m.json --output memory
     """
 
     json: Path

@@ -142,7 +142,7 @@ class Generate:
         from longlive_rag.parallel.team import join_team
         from longlive_rag.ranks import Ranks
 
-        settings, scripts = self._settings(), self._scripts()
+        settings, scripts = self.settings(), self._scripts()
         for script in scripts:
             if script.changes and script.changes[-1][0] >= self.seconds:
                 raise ValueError(
@@ -163,8 +163,8 @@ class Generate:
             print(f"Note: without --lora. {self.backbone} is a base and {from_where([published_lora], Path('.'))}")
         budget = replace(self.memory.budget, rebuild=self.rebuild)
         ranks = Ranks.from_environment()
-        device = self._device(ranks)
-        dtype = self._dtype(device)
+        device = self.torch_device(ranks)
+        dtype = self.torch_dtype(device)
         facts = {
             "backbone": self.backbone,
             "checkpoint": checkpoint.name,
@@ -191,7 +191,7 @@ class Generate:
             texts = [text for video in todo for text in video.script.texts]
             embeds = team.from_first(lambda: self._encode(texts, files, device, dtype))
             begin = None if beginning is None else _begin(beginning, files, device, dtype)
-            pipeline = self._load(checkpoint, files, settings, embeds[0].shape[-1], device, dtype, budget, team)
+            pipeline = self.load(checkpoint, files, settings, embeds[0].shape[-1], device, dtype, budget, team)
             if team.first:
                 together = f"{team.ranks} ranks, the first " if team.ranks > 1 else ""
                 print(
@@ -217,7 +217,8 @@ class Generate:
                     print(f"Written: {video.path}\nKeys and values in the end: {usage}", flush=True)
         return 0
 
-    def _settings(self) -> VideoSettings:
+    def settings(self) -> VideoSettings:
+        """The options as settings of a video."""
         from longlive_rag.generation.sampling import Sampling
         from longlive_rag.generation.settings import VideoSettings
 
@@ -251,14 +252,16 @@ class Generate:
             return from_image(self.image, settings)
         return None if self.video is None else from_video(self.video, settings)
 
-    def _dtype(self, device: torch.device) -> torch.dtype:
+    def torch_dtype(self, device: torch.device) -> torch.dtype:
+        """What `dtype` means on a device."""
         import torch
 
         automatic = "bfloat16" if device.type == "cuda" else "float32"
         dtype: torch.dtype = getattr(torch, automatic if self.dtype == "auto" else self.dtype)
         return dtype
 
-    def _device(self, ranks: Ranks) -> torch.device:
+    def torch_device(self, ranks: Ranks) -> torch.device:
+        """What `device` names; raises ValueError if it is not there."""
         import torch
 
         try:
@@ -289,7 +292,7 @@ class Generate:
             torch.cuda.empty_cache()
         return embeds
 
-    def _load(
+    def load(
         self,
         checkpoint: Path,
         files: WanFiles,
@@ -298,8 +301,13 @@ class Generate:
         device: torch.device,
         dtype: torch.dtype,
         budget: Budget,
-        team: Team,
+        team: Team | None = None,
     ) -> Pipeline:
+        """The transformer, VAE and embedding that the options name, checked against each other.
+
+        Args:
+            team: the processes that make each video together, by default this one alone.
+        """
         import torch
 
         from longlive_rag.embedding import AveragePool, Embedding, LatentAutoencoder
@@ -327,13 +335,14 @@ class Generate:
                 )
             embedding = autoencoder
         # The first rank decodes; the others only read the sizes.
-        where = device if team.first else torch.device("cpu")
+        first = team is None or team.first
+        where = device if first else torch.device("cpu")
         decoder: Decoder
         if self.decoder == "tiny":
             decoder = TinyDecoder.from_file(find_tiny_decoder(self.wan_dir), device=where, dtype=dtype)
         else:
             decoder = StreamingDecoder.from_files(files, device=where, dtype=dtype)
-        low_memory = self.low_memory and team.first
+        low_memory = self.low_memory and first
         return Pipeline(model, decoder, embedding, settings, low_memory=low_memory, budget=budget, team=team)
 
 

@@ -12,11 +12,20 @@ from typing import NamedTuple
 
 import longlive_rag
 
-EXTRAS = {"diffusers": "wan", "ftfy": "wan", "transformers": "wan", "tensorboard": "tensorboard"}
+EXTRAS = {
+    "diffusers": "wan",
+    "ftfy": "wan",
+    "transformers": "wan",
+    "tensorboard": "tensorboard",
+    "starlette": "serve",
+    "uvicorn": "serve",
+    "websockets": "serve",
+}
 """Packages that come with an extra of this one: missing, they are the user's choice and no fault."""
 
 _EXTRA_IS_FOR = {
     "wan": "To make videos from checkpoints with `generate`",
+    "serve": "To watch a video grow in the browser with `serve`",
     "tensorboard": "To write TensorBoard events with `train --tensorboard`",
 }
 _INSTALL = "pip install --force-reinstall --no-deps ."

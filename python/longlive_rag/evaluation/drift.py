@@ -182,7 +182,7 @@ def _measure(image: Frames, sampled: Array, previous: Array | None) -> list[floa
     red, green, blue = sampled[..., 0], sampled[..., 1], sampled[..., 2]
     # One plane at a time: a mean over an axis of three costs twice as much as all the rest.
     full = (image[..., 0].astype(np.float32) + image[..., 1] + image[..., 2]) / (3 * 255)
-    values = {
+    values: dict[str, Any] = {
         "sharpness": _mean_laplacian(gray),
         "saturation": saturation.mean(),
         "contrast": gray.std(),

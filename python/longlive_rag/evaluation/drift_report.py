@@ -117,7 +117,7 @@ def _draw_metric(axes: Axes, name: str, drifts: Mapping[str, Drift], colours: Ma
         times = np.arange(len(relative)) / drift.fps
         axes.plot(times, relative, color=colours[label], linewidth=0.6, alpha=0.3)
         smooth = _running_mean(relative, drift.segment_frames)
-        lowest, highest = min(lowest, smooth.min()), max(highest, smooth.max())
+        lowest, highest = min(lowest, float(smooth.min())), max(highest, float(smooth.max()))
         middles = _running_mean(times, drift.segment_frames)
         axes.plot(middles, smooth, color=colours[label], linewidth=1.8, label=_percent(change))
     # Single frames may leave the panel; the curves and 0 are in it, and half a per cent is not drawn as a mountain.

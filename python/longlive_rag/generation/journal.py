@@ -3,7 +3,8 @@
 The journal of `fox.mp4` is the folder `.fox.journal`: `settings.json`; a `block-<n>.safetensors` with the latents of
 each finished block, what it retrieved and where the random numbers stood; and a `segment-<n>.safetensors` with each
 finished stretch of encoded pictures. Blocks and segments are archives (`longlive_rag.archive`) that carry the settings'
-digest, so that one that is cut short, altered or of another video is noticed.
+digest, so that one that is cut short, altered or of another video is noticed. With each block is the room that keys and
+values had: where it was measured, a run that goes on must not measure another one, and so forget other frames.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import torch
 from torch import Tensor
 
 from longlive_rag import archive
+from longlive_rag.budget import Budget
 from longlive_rag.files import remove_leftovers, write_json
 from longlive_rag.generation.video import Segment, partial_path
 from longlive_rag.selection import Retrieval
 
 _SETTINGS = "settings.json"
+_NO_LIMIT = -1
 _BLOCK, _SEGMENT, _BEGINNING = "block", "segment", "beginning"
 
 
@@ -38,6 +41,9 @@ class JournalBlock:
     """uint8, state of the generator after the block's last draw."""
     retrieval: Retrieval | None
     """What the block retrieved, if anything."""
+    budget: Budget
+    """Of device, host and disk, as the memory had it at the block's end (`FrameBank.budget`), of all ranks together;
+    the rest is not kept."""
 
 
 def journal_folder(video: Path) -> Path:
@@ -62,6 +68,7 @@ class Journal:
     Attributes:
         blocks: finished blocks that can be relied on.
         retrieved: what they retrieved.
+        budget: of the last of them.
         remarks: sentences about what was found, for the user.
     """
 
@@ -70,6 +77,7 @@ class Journal:
         self.settings, self.notes = json.loads(json.dumps(settings)), json.loads(json.dumps(notes or {}))
         self.blocks = 0
         self.retrieved: list[Retrieval] = []
+        self.budget: Budget | None = None
         self.remarks: list[str] = []
         self._key = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
 
@@ -106,13 +114,14 @@ class Journal:
         self.folder.mkdir(exist_ok=True)
         for index in range(len(list(self.folder.glob(f"{_BLOCK}-*")))):
             try:
-                retrieval = self.block(index).retrieval
+                block = self.block(index)
             except (OSError, ValueError) as error:
                 self.remarks.append(f"Going on before block {index}: {error}")
                 break
             self.blocks += 1
-            if retrieval is not None:
-                self.retrieved.append(retrieval)
+            self.budget = block.budget
+            if block.retrieval is not None:
+                self.retrieved.append(block.retrieval)
         changed = changed_settings(known["notes"], self.notes) if known and self.blocks else ""
         if changed:
             self.remarks.append(f"What is added may differ in its last bits: {changed}")
@@ -132,15 +141,21 @@ class Journal:
             ValueError: it has been cut short, altered, or is of another video.
         """
         tensors = self._read(_BLOCK, index)
+        if "budget" not in tensors:
+            raise ValueError(f"{self._path(_BLOCK, index)} is of an earlier version of longlive_rag")
         retrieval = None
         if "frames" in tensors:
             start = index * tensors["latents"].shape[1]
             retrieval = Retrieval(start, tensors["frames"], tensors["similarity"])
-        return JournalBlock(tensors["latents"], tensors["random_state"], retrieval)
+        device, host, disk = (None if size == _NO_LIMIT else size for size in tensors["budget"].tolist())
+        budget = Budget(device=device, host=host, disk=disk or 0)
+        return JournalBlock(tensors["latents"], tensors["random_state"], retrieval, budget)
 
     def put_block(self, index: int, block: JournalBlock) -> None:
         """Record a finished block; when this returns, it survives a power cut."""
-        tensors = {"latents": block.latents, "random_state": block.random_state}
+        sizes = block.budget.device, block.budget.host, block.budget.disk
+        budget = torch.tensor([_NO_LIMIT if size is None else size for size in sizes])
+        tensors = {"latents": block.latents, "random_state": block.random_state, "budget": budget}
         if block.retrieval is not None:
             tensors |= {"frames": block.retrieval.frame_table, "similarity": block.retrieval.similarity_table}
         self._write(_BLOCK, index, tensors)

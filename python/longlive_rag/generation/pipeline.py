@@ -19,12 +19,13 @@ from tqdm import tqdm
 
 import longlive_rag
 from longlive_rag.bank import Usage
-from longlive_rag.budget import Budget, format_bytes
+from longlive_rag.budget import Bits, Budget
 from longlive_rag.embedding import Embedding
 from longlive_rag.files import write_json
 from longlive_rag.generation.decoder import Decoder
 from longlive_rag.generation.journal import Journal, JournalBlock
 from longlive_rag.generation.rollout import FinishedBlock, stream
+from longlive_rag.generation.room import budget_to_go_on, check_room, whole_budget
 from longlive_rag.generation.sampling import upload
 from longlive_rag.generation.settings import VideoSettings
 from longlive_rag.generation.video import VideoWriter
@@ -66,6 +67,8 @@ class Finished(NamedTuple):
     """Of the generator after their last draw."""
     beginning: Tensor | None
     """The latents [n, C, H, W] that the video begins with, finished or not."""
+    budget: Budget
+    """Of each rank, for the whole video."""
 
 
 class Pipeline:
@@ -110,7 +113,7 @@ class Pipeline:
         model.token_grid(*self.latent_size)
         self.latent_frames = settings.latent_frames(decoder.temporal_factor)
         self.budget = budget or Budget()
-        self._check_room()
+        check_room(self.budget, self.device, settings.policy, self.frame_bytes)
         if self.device.type == "cuda":
             self._decoding = torch.cuda.Stream(self.device)
         if low_memory:
@@ -125,6 +128,9 @@ class Pipeline:
     @property
     def frame_bytes(self) -> int:
         """Bytes of keys and values per latent frame, on each rank."""
+        return self._frame_bytes(16)
+
+    def _frame_bytes(self, bits: Bits) -> int:
         rows, columns = self.model.token_grid(*self.latent_size)
         return frame_bytes(
             layers=self.model.num_layers,
@@ -132,6 +138,7 @@ class Pipeline:
             tokens=rows * columns,
             head_dim=self.model.head_dim,
             dtype=self.model.patch_embedding.weight.dtype,
+            bits=bits,
         )
 
     def generate(
@@ -148,7 +155,7 @@ class Pipeline:
 
         The video gets its final name last, so if it is there, all three are complete. One that was interrupted stays as
         `<stem>.partial.mp4`, with a `Journal` from which the same call goes on: the result is the same, to the last
-        byte, as without the interruption.
+        byte, as without the interruption. What was measured of the budget when it was begun holds for all of it.
 
         Args:
             prompt_embeds: [tokens, text_dim]; or seconds of the video and the embeddings from then on, the first at 0.
@@ -164,13 +171,15 @@ class Pipeline:
             What the memory held in the end, and where.
 
         Raises:
-            ValueError: the video was begun with other settings, or `replay` is of another video.
+            ValueError: the video was begun with other settings, or with more memory than is available now, or `replay`
+                is of another video.
             OSError: a file cannot be written, because the disk is full for example.
         """
         settings, config = self.settings, self.settings.policy
         journal = video_journal(path, facts, settings, replay, self.budget, self.device, self.team.ranks)
         schedule = self._schedule(prompt_embeds)
-        finished = self.team.from_first(partial(self._finished, journal, overwrite, begin))
+        sharing = self.team.on_this_machine()
+        finished = self.team.from_first(partial(self._finished, journal, overwrite, begin, sharing))
         chosen = {} if replay is None else recorded_retrieval(replay, config, self.latent_frames)
         chosen |= {block.block_start: (block.frames, block.similarity) for block in finished.retrieved}
         blocks = self.latent_frames // config.block_frames
@@ -238,13 +247,21 @@ class Pipeline:
         journal.remove()
         return usage
 
-    def _finished(self, journal: Journal, overwrite: bool, begin: Callable[[], Tensor] | None) -> Finished:
-        """Open the journal, and have the beginning made if it is not there yet."""
+    def _finished(
+        self, journal: Journal, overwrite: bool, begin: Callable[[], Tensor] | None, sharing: int
+    ) -> Finished:
+        """Open the journal, and have the beginning made if it is not there yet.
+
+        Args:
+            sharing: ranks of the team that share this machine.
+        """
         if overwrite:
             journal.remove_others()
         journal.open()
+        on_device, below = (self.held_frames * self._frame_bytes(bits) for bits in (16, self.budget.bits))
+        budget = budget_to_go_on(journal, self.budget, self.device, on_device, below, self.team.ranks, sharing)
         state = journal.block(journal.blocks - 1).random_state if journal.blocks else None
-        return Finished(journal.blocks, journal.retrieved, state, self._beginning(journal, begin))
+        return Finished(journal.blocks, journal.retrieved, state, self._beginning(journal, begin), budget)
 
     def _beginning(self, journal: Journal, begin: Callable[[], Tensor] | None) -> Tensor | None:
         """The latents [n, C, H, W] that the video begins with."""
@@ -316,7 +333,7 @@ class Pipeline:
             embedding=self.embedding,
             selection=ReplaySelection(chosen, SimilaritySelection()),
             given=chain(recorded, given[finished.blocks :]),
-            budget=self.budget,
+            budget=finished.budget,
             group=self.team.group,
         )
 
@@ -335,7 +352,8 @@ class Pipeline:
             state: of the random numbers after the block; None: it is recorded already.
         """
         if state is not None:
-            journal.put_block(index, JournalBlock(block.latents.cpu(), state, block.retrieval))
+            budget = whole_budget(block.budget, self.team.ranks)
+            journal.put_block(index, JournalBlock(block.latents.cpu(), state, block.retrieval, budget))
         writer.write(self._decode_after(finished_pictures, block).numpy())
 
     def _made_so_far(self) -> torch.cuda.Event | None:
@@ -370,18 +388,3 @@ class Pipeline:
         pictures = self.decoder.decode(latents)
         self.decoder.offload()
         return pictures
-
-    def _check_room(self) -> None:
-        if self.budget.device is not None:
-            room, name = self.budget.device, "budget.device"
-        elif self.device.type == "cuda":
-            room, name = torch.cuda.mem_get_info(self.device)[0], f"the free memory of {self.device}"
-        else:
-            return
-        context = self.settings.policy.context_frames
-        if room < context * self.frame_bytes:
-            raise ValueError(
-                f"{name} must hold the keys and values of context_frames = {context} latent frames, "
-                f"{format_bytes(context * self.frame_bytes)} or {format_bytes(self.frame_bytes)} for each, got "
-                f"{format_bytes(room)}; choose a smaller context or video size"
-            )

@@ -25,6 +25,9 @@ from longlive_rag.selection import Selection
 
 Prompts = Tensor | Sequence[tuple[int, Tensor]]
 """Prompt embeddings [B, text_len, text_dim], or a schedule of (first latent frame, embeddings) that switches."""
+Steering = Callable[[int], Tensor]
+"""Is asked for the embeddings as each block begins, with its first latent frame; the same tensor as long as the prompt
+does not change."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,8 @@ class FinishedBlock:
     """What the block retrieved, if anything."""
     usage: Usage
     """What the memory holds, and where."""
+    budget: Budget
+    """The memory's, with what was measured where none was given (`FrameBank.budget`)."""
 
 
 @dataclass
@@ -59,7 +64,7 @@ class RolloutResult:
 def stream(
     model: CausalWanModel,
     noise: Iterable[Tensor],
-    prompt_embeds: Prompts,
+    prompt_embeds: Prompts | Steering,
     config: RetrievalConfig,
     *,
     sampling: Sampling = PAPER_SAMPLING,
@@ -74,7 +79,7 @@ def stream(
     Args:
         model: the frozen backbone.
         noise: initial noise of each block, [B, F, C, H, W]; the video ends with it. Its dtype is the latents'.
-        prompt_embeds: the prompt, or a schedule of prompts.
+        prompt_embeds: the prompt, a schedule of prompts, or a function that steers a video while it grows.
         config: the context policy.
         sampling: the sampler's settings; default the paper's.
         embedding: what memory is searched by; default `AveragePool`.
@@ -115,14 +120,14 @@ def stream(
         selection=selection,
         budget=budget,
     )
-    return _blocks(model, noise, _schedule(prompt_embeds), sampling, given, open_memory, shards)
+    return _blocks(model, noise, _prompter(prompt_embeds), sampling, given, open_memory, shards)
 
 
 @torch.no_grad()
 def _blocks(
     model: CausalWanModel,
     noise: Iterable[Tensor],
-    schedule: list[tuple[int, Tensor]],
+    prompt_at: Steering,
     sampling: Sampling,
     given: Tensor | Iterable[Tensor] | None,
     open_memory: Callable[..., RetrievalMemory],
@@ -132,6 +137,7 @@ def _blocks(
     memory: RetrievalMemory | None = None
     # Prompts so far, by the first frame that they were for: what is rebuilt is rebuilt with its own.
     prompts: list[tuple[int, Prompt]] = []
+    latest_embeds: Tensor | None = None
     given_blocks: Iterator[Tensor] = iter(())
     agreement = None if shards is None else Agreement(shards)
     start = 0
@@ -159,9 +165,13 @@ def _blocks(
                 _check_given(given, block_noise, memory.config)
                 attention = on_this_rank(memory, block_noise)
                 given_blocks = iter(given.split(frames, dim=1) if isinstance(given, Tensor) else given or ())
-            while schedule and schedule[0][0] <= start:
-                embeds = _matching_prompt(schedule.pop(0)[1], batch, block_noise.device)
-                prompts.append((start, model.prepare_prompt(embeds)))
+            embeds = prompt_at(start)
+            if embeds is not latest_embeds:
+                prompt = model.prepare_prompt(_matching_prompt(embeds, batch, block_noise.device))
+                if memory.bank.latents is None:
+                    prompts.clear()  # nothing will be rebuilt
+                prompts.append((start, prompt))
+                latest_embeds = embeds
             predict = partial(model, prompt=prompts[-1][1], attention=attention)
 
             memory.begin_block(start, frames)
@@ -184,7 +194,8 @@ def _blocks(
                 agreement.note(start, clean, memory.bank.forgotten)
             last = memory.retrieved[-1] if memory.retrieved else None
             retrieval = last if last and last.block_start == start else None
-            yield FinishedBlock(start, clean, embeddings, retrieval, memory.usage())
+            memory.retrieved.clear()  # the caller has the record; a video without an end must not gather it twice
+            yield FinishedBlock(start, clean, embeddings, retrieval, memory.usage(), memory.bank.budget)
             start += frames
         if agreement is not None:
             agreement.check()
@@ -319,10 +330,13 @@ def _check_given(given: object, noise: Tensor, config: RetrievalConfig) -> None:
         raise ValueError("given must be finite, got NaN or infinity")
 
 
-def _schedule(prompts: Prompts) -> list[tuple[int, Tensor]]:
+def _prompter(prompts: Prompts | Steering) -> Steering:
+    if callable(prompts):
+        return prompts
     if not isinstance(prompts, (Tensor, list, tuple)):
         raise TypeError(
-            f"prompt_embeds must be a tensor or a list of (first latent frame, tensor), got {type(prompts).__name__}"
+            f"prompt_embeds must be a tensor or a list of (first latent frame, tensor) or a function, "
+            f"got {type(prompts).__name__}"
         )
     schedule = [(0, prompts)] if isinstance(prompts, Tensor) else sorted(prompts, key=lambda entry: entry[0])
     if not schedule or schedule[0][0] != 0:
@@ -333,7 +347,7 @@ def _schedule(prompts: Prompts) -> list[tuple[int, Tensor]]:
             raise ValueError(
                 f"prompt_embeds must be finite, got NaN or infinity in the prompt for latent frame {start}"
             )
-    return schedule
+    return lambda start: next(embeds for first, embeds in reversed(schedule) if first <= start)
 
 
 def _matching_prompt(embeds: Tensor, batch: int, device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -36,6 +37,14 @@ class Team:
     def first(self) -> bool:
         """Whether this process prints and writes for the team."""
         return self.group is None or dist.get_rank(self.group) == 0
+
+    def on_this_machine(self) -> int:
+        """How many of the team's processes run on this machine; all of them must ask."""
+        if self.group is None:
+            return 1
+        machines: list[str | None] = [None] * self.ranks
+        dist.all_gather_object(machines, socket.gethostname(), group=self.group)
+        return machines.count(socket.gethostname())
 
     def from_first(self, work: Callable[[], Result]) -> Result:
         """Do `work` on the first rank of the team; all return its result, or raise its ValueError or OSError."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Mapping, Set
+from concurrent.futures import wait
 
 import torch
 from torch import Tensor
@@ -18,8 +20,8 @@ from longlive_rag.tiers.transfer import Copy, Transfer
 # Records in host memory that pages go through on their way to the disk, whatever the budget: one is written while
 # another one arrives.
 PASSING = 2
-# And one for those on their way back from there.
-STAGED = 1
+# And those for frames on their way back from there: one is read and checked while another one is read or copied.
+STAGED = 2
 
 
 class Below:
@@ -33,10 +35,10 @@ class Below:
     def __init__(self, pages: Pages, budget: Budget) -> None:
         size, pinned = pages.record_bytes, pages.device.type == "cuda"
         self.host = HostTier(size, budget.host_bytes, least=PASSING if budget.disk >= size else 0, pinned=pinned)
-        self.disk = DiskTier(size, budget.disk, budget.folder) if budget.disk >= size else None
+        self.disk = DiskTier(size, budget.disk, budget.folder, readers=STAGED) if budget.disk >= size else None
         self._record_bytes = size
         self._staging = HostTier(size, 0, least=STAGED, pinned=pinned)
-        self._staged: Tensor | None = None
+        self._staged: list[Tensor] = []
 
     def __contains__(self, entry: Entry) -> bool:
         return entry in self.host.records or (self.disk is not None and entry in self.disk.places)
@@ -68,14 +70,18 @@ class Below:
         Raises:
             OSError: the file does not hold a frame as it was written, and it cannot be rebuilt.
         """
-        copies, lost = [], []
+        copies: list[Copy] = []
+        on_disk: list[Entry] = []
+        lost: list[Entry] = []
         for entry in entries:
             record = self.host.records.get(entry)
             if record is not None:
                 self.host.records.move_to_end(entry)
                 copies.append(Copy(*entry, slots[entry], record))
-            elif entry not in self or not self._bring_from_disk(entry, slots[entry], transfer, rebuild):
-                lost.append(entry)
+            else:
+                (on_disk if entry in self else lost).append(entry)
+        if on_disk:
+            lost += self._bring_from_disk(on_disk, slots, transfer, rebuild)
         transfer.bring(copies)
         return lost
 
@@ -89,7 +95,7 @@ class Below:
         if record is None:
             assert self.disk is not None
             record = torch.empty(self._record_bytes, dtype=torch.uint8)
-            self.disk.load(entry, record)
+            self.disk.load(entry, record).result()
         return record
 
     def write_ahead(self, count: int, resident: Set[Entry], transfer: Transfer, rebuild: bool) -> None:
@@ -120,7 +126,7 @@ class Below:
             self.disk.close()
         self.host.close()
         self._staging.close()
-        self._staged = None
+        self._staged.clear()
 
     def _free_record(self, resident: Set[Entry], transfer: Transfer, rebuild: bool) -> bool:
         """Have one record fewer in host memory, without losing a frame."""
@@ -171,20 +177,36 @@ class Below:
                 self.disk.drop(going)
         return not self.disk.full
 
-    def _bring_from_disk(self, entry: Entry, slot: int, transfer: Transfer, rebuild: bool) -> bool:
+    def _bring_from_disk(
+        self, entries: list[Entry], slots: Mapping[Entry, int], transfer: Transfer, rebuild: bool
+    ) -> list[Entry]:
+        """Those that the file does not hold as they were written, if they can be rebuilt."""
         assert self.disk is not None
-        if self._staged is None:
-            self._staged = self._staging.take()
-            if self._staged is None:
-                raise MemoryError("the system refuses the host memory that frames need on their way from the disk")
+        while len(self._staged) < STAGED and (record := self._staging.take()) is not None:
+            self._staged.append(record)
+        if not self._staged:
+            raise MemoryError("the system refuses the host memory that frames need on their way from the disk")
         transfer.drain()
+        lost = []
+        to_come = iter(sorted(entries, key=self.disk.places.__getitem__))  # as they lie in the file
+        first = zip(self._staged, to_come, strict=False)
+        loading = deque((entry, record, self.disk.load(entry, record)) for record, entry in first)
         try:
-            self.disk.load(entry, self._staged)
-        except OSError as error:
-            if not rebuild:
-                raise
-            warnings.warn(f"{error}; the frame is rebuilt", stacklevel=2)
-            self.disk.drop(entry)
-            return False
-        transfer.bring([Copy(*entry, slot, self._staged)])
-        return True
+            while loading:
+                entry, record, loaded = loading[0]
+                try:
+                    loaded.result()
+                    transfer.bring([Copy(*entry, slots[entry], record)])
+                    transfer.drain()
+                except OSError as error:
+                    if not rebuild:
+                        raise
+                    warnings.warn(f"{error}; the frame is rebuilt", stacklevel=2)
+                    self.disk.drop(entry)
+                    lost.append(entry)
+                loading.popleft()
+                if following := next(to_come, None):
+                    loading.append((following, record, self.disk.load(following, record)))
+        finally:
+            wait(loaded for _, _, loaded in loading)  # nobody else may have the records before
+        return lost

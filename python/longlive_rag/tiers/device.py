@@ -46,6 +46,7 @@ class DevicePool:
         """How often the pools have moved to other addresses."""
         self._device = device
         self.slot_bytes = 2 * layers * heads * tokens * head_dim * dtype.itemsize
+        self._limit = limit
         self._most = None if limit is None else limit // self.slot_bytes
         """Slots at most, once that is known."""
         slots = slots if self._most is None else self._most
@@ -59,7 +60,7 @@ class DevicePool:
             raise torch.OutOfMemoryError(
                 f"the device has no room for {format_bytes(slots * self.slot_bytes)} of keys and values, "
                 f"{format_bytes(self.slot_bytes)} for each latent frame; lower "
-                f"{'context_frames' if limit is None else 'budget.device'}, {what} ({error})"
+                f"{'context_frames' if limit is None else 'budget.device (--device-memory)'}, {what} ({error})"
             ) from error
         _expect_growth([*self.k_pages, *self.v_pages])
         self.slots = slots
@@ -70,6 +71,11 @@ class DevicePool:
     def bytes(self) -> int:
         """Allocated."""
         return sum(pool.nbytes for pools in (self.k_pages, self.v_pages) for pool in pools)
+
+    @property
+    def limit(self) -> int | None:
+        """Bytes of all pools at most; None: not measured yet, or the system decides."""
+        return self._most * self.slot_bytes if self._limit is None and self._most is not None else self._limit
 
     def grow(self, least: int) -> bool:
         """Make `least` more slots, or as many again as there are; False if there is no room for a single one."""

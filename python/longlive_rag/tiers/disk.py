@@ -35,9 +35,10 @@ class DiskTier:
         record_bytes: of one frame.
         budget: bytes of the file at most.
         folder: where it lies; None: the folder for temporary files.
+        readers: records that are read at the same time.
     """
 
-    def __init__(self, record_bytes: int, budget: int, folder: Path | None) -> None:
+    def __init__(self, record_bytes: int, budget: int, folder: Path | None, *, readers: int = 1) -> None:
         self._record_bytes, self._folder = record_bytes, folder
         self._limit = budget // record_bytes
         self._allocated = 0
@@ -46,6 +47,7 @@ class DiskTier:
         self._checksums: dict[int, int] = {}
         self._writing: dict[Entry, Future[int]] = {}
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="longlive-rag-disk")
+        self._readers = ThreadPoolExecutor(readers, thread_name_prefix="longlive-rag-disk-read")
         self.places: OrderedDict[Entry, int] = OrderedDict()
         """Number of the record by entry, the oldest first."""
 
@@ -86,26 +88,11 @@ class DiskTier:
         self._writing.clear()
         return failed
 
-    def load(self, entry: Entry, record: Tensor) -> None:
-        """Read a frame into a record.
-
-        Raises:
-            OSError: the file does not hold what was written.
-        """
+    def load(self, entry: Entry, record: Tensor) -> Future[None]:
+        """Begin to read a frame into a record; the future raises OSError if the file does not hold what was written."""
         self.settle()
         place = self.places[entry]
-        assert self._file is not None
-        view, done = memoryview(record.numpy().data), 0
-        while done < len(view):
-            count = os.preadv(self._file.fileno(), [view[done:]], place * self._record_bytes + done)
-            if count == 0:
-                raise OSError(f"{self._name} ends early: frame {entry[1]} of video {entry[0]} is cut off")
-            done += count
-        if zlib.crc32(view) != self._checksums[place]:
-            raise OSError(
-                f"{self._name} does not hold what was written: the checksum of frame {entry[1]} of video {entry[0]} "
-                f"is {zlib.crc32(view):08x}, expected {self._checksums[place]:08x}; it was altered, or the disk fails"
-            )
+        return self._readers.submit(self._read, entry, place, self._checksums[place], record)
 
     def drop(self, entry: Entry) -> None:
         """Forget a frame, if it is here."""
@@ -123,6 +110,7 @@ class DiskTier:
     def close(self) -> None:
         """Remove the file."""
         self._writer.shutdown()
+        self._readers.shutdown()
         self._writing.clear()
         self.places.clear()
         self._free.clear()
@@ -163,3 +151,18 @@ class DiskTier:
         while done < len(view):
             done += os.pwrite(self._file.fileno(), view[done:], place * self._record_bytes + done)
         return zlib.crc32(view)
+
+    def _read(self, entry: Entry, place: int, expected: int, record: Tensor) -> None:
+        assert self._file is not None
+        view, done = memoryview(record.numpy().data), 0
+        while done < len(view):
+            count = os.preadv(self._file.fileno(), [view[done:]], place * self._record_bytes + done)
+            if count == 0:
+                raise OSError(f"{self._name} ends early: frame {entry[1]} of video {entry[0]} is cut off")
+            done += count
+        checksum = zlib.crc32(view)
+        if checksum != expected:
+            raise OSError(
+                f"{self._name} does not hold what was written: the checksum of frame {entry[1]} of video {entry[0]} "
+                f"is {checksum:08x}, expected {expected:08x}; it was altered, or the disk fails"
+            )

@@ -143,11 +143,11 @@ class BlockAttention:
         k: Tensor,
         v: Tensor,
         *,
-        q_weight: Tensor | None = None,
-        k_weight: Tensor | None = None,
-        eps: float = 1e-6,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+        eps: float,
     ) -> Tensor:
-        """As `RetrievalMemory.attend`, of one video."""
+        """The model's `Attention`, of one video."""
         k_pages, v_pages = self._pools[0][layer], self._pools[1][layer]
         k_scratch, v_scratch = self._scratch
         seen = len(self._sink)
