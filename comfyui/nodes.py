@@ -169,8 +169,10 @@ def draw(retrieved: RetrievedFrames, fps: float) -> Any:
     from longlive_rag.retrieval_log import draw_retrieval, retrieval_entries
 
     entries = retrieval_entries(retrieved.retrieved)
-    if not entries:
-        raise ValueError("nothing was retrieved: the video is too short for its memory, or memory is 0")
+    if not any(entry["frames"] for entry in entries):
+        raise ValueError(
+            "nothing was retrieved: the video is too short for its memory, memory is 0, or all was forgotten"
+        )
     assert retrieved.config is not None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "retrieved.png"

@@ -69,12 +69,14 @@ def draw_retrieval(
     """Draw which earlier moments of the video each block retrieved, and how similar they were.
 
     Args:
-        entries: from `retrieval_entries`, at least one.
+        entries: from `retrieval_entries`, at least one of them with frames; a block has none if all that it could
+            retrieve was forgotten.
         config: the policy that the video was made with.
         latent_frames: length of the video.
         seconds_per_frame: duration of a latent frame.
         path: PNG file, written atomically.
     """
+    entries = [entry for entry in entries if entry["frames"]]
     figure = figures.figure(9, 8)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     end = latent_frames * seconds_per_frame

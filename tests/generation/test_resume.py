@@ -215,6 +215,18 @@ def test_less_room_than_it_was_begun_with_is_said(
     assert f"Other frames may be forgotten or come back otherwise: {changed}\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("frames", [7, 12])
+def test_a_video_may_forget_all_that_a_block_could_retrieve(tmp_path: Path, frames: int) -> None:
+    """In a video of 7 frames all blocks retrieve nothing, of 12 only some: what was retrieved is drawn."""
+    pipeline = tiny_pipeline(seconds=(4 * frames - 3) / 4)
+    pipeline.budget = Budget(device=5 * pipeline.frame_bytes, host=pipeline.frame_bytes)
+    latents = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(5))
+    made = make_video(pipeline, tmp_path / "video", begin=lambda: latents)
+    entries = json.loads(made["cat.json"])["retrieved"]
+    assert any(not entry["frames"] for entry in entries)
+    assert ("cat.png" in made) == any(entry["frames"] for entry in entries)
+
+
 def test_the_decoder_of_wan_forgets_what_is_out_of_its_reach(tmp_path: Path) -> None:
     """So that it may begin in the middle of a video."""
     pytest.importorskip("diffusers", reason="diffusers is not installed")

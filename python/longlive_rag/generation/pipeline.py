@@ -241,7 +241,7 @@ class Pipeline:
             path.unlink(missing_ok=True)
             write_json(path.with_suffix(".json"), report)
             path.with_suffix(".png").unlink(missing_ok=True)
-            if entries:
+            if any(entry["frames"] for entry in entries):
                 seconds_per_frame = self.decoder.temporal_factor / settings.fps
                 draw_retrieval(entries, config, self.latent_frames, seconds_per_frame, path.with_suffix(".png"))
         journal.remove()
