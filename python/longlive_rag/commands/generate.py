@@ -50,8 +50,9 @@ class Generate:
       torchrun --nproc-per-node 8 --no-python longlive-rag generate \\
           --backbone longlive --checkpoint longlive_base.pt --lora lora.pt \\
           --wan-dir Wan2.1-T2V-1.3B --prompts prompts.txt --output videos
-      torchrun --nproc-per-node 4 --no-python longlive-rag generate --sequence-parallel 4 \\
-          --backbone self-forcing --checkpoint self_forcing_dmd.pt --wan-dir Wan2.1-T2V-1.3B \\
+      torchrun --nproc-per-node 4 --no-python longlive-rag generate \\
+          --sequence-parallel 4 --backbone self-forcing \\
+          --checkpoint self_forcing_dmd.pt --wan-dir Wan2.1-T2V-1.3B \\
           --prompt "A red fox walks through snow" --output videos
     """
 
