@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longlive_rag import cli, ops
-from longlive_rag.bench import attend, attend_sweep, common, decode, encoder, retrieve
+from longlive_rag.bench import attend, attend_sweep, common, decode, encoder, parallel, retrieve
 from longlive_rag.native import cuda_status
 from longlive_rag.ops._attend_arguments import Arguments
 
@@ -41,6 +41,22 @@ def test_decoding_is_measured_when_it_is_asked_for(capsys: pytest.CaptureFixture
     row = cases["tiny, float32, channels last"]()  # the VAE takes most of a minute
     assert row.case == "tiny, float32, channels last, 32 x 48"
     assert row.ours > 0 and row.limit is not None and row.limit > 0
+
+
+@without_gpu
+def test_a_layer_on_several_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert list(parallel.cases(common.machine())) == [f"12 heads, 2 x 5 tokens, {ranks} ranks" for ranks in (2, 3, 4)]
+    results = tmp_path / "results.json"
+    two = next(iter(parallel.cases(common.machine()).values()))
+    monkeypatch.setattr(parallel, "cases", lambda machine: {"two": two})
+    assert cli.main(["bench", "parallel", "--json", str(results)]) == 0
+    (row,) = json.loads(results.read_text())["rows"]
+    # 3 frames of 10 tokens with 12 heads of 128 numbers in float32: 4 * 3 * 10 * 12 * 128 * 4 * (2 - 1) / 2**2
+    assert row["case"].endswith("gloo, 184.32 KB sent")
+    assert set(row["peers"]) == {"one rank", "exchange", "attention", "its attention"}
+    assert all(seconds > 0 for seconds in row["peers"].values())
 
 
 def test_output_that_cannot_be_written_is_told_before_measuring(

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 Result = TypeVar("Result")
 
@@ -76,16 +77,25 @@ class Ranks:
 
     def on_first(self, work: Callable[[], Result]) -> Result:
         """Do `work` on the first rank; every rank returns its result, or raises the ValueError or OSError it raised."""
-        if self.world == 1:
-            return work()
-        box: list[Any] = [None]
-        if self.first:
-            try:
-                box[0] = work()
-            except (ValueError, OSError) as error:
-                box[0] = error
-        dist.broadcast_object_list(box, src=0)
-        if isinstance(box[0], Exception):
-            raise box[0]
-        result: Result = box[0]
-        return result
+        return work() if self.world == 1 else result_of(0, self.first, work)
+
+
+def result_of(rank: int, here: bool, work: Callable[[], Result], group: ProcessGroup | None = None) -> Result:
+    """What `work` returns on one rank, on all ranks of the group; or the ValueError or OSError that it raises there.
+
+    Args:
+        rank: as all processes count.
+        here: whether this is it.
+        group: default all ranks.
+    """
+    box: list[Any] = [None]
+    if here:
+        try:
+            box[0] = work()
+        except (ValueError, OSError) as error:
+            box[0] = error
+    dist.broadcast_object_list(box, src=rank, group=group)
+    if isinstance(box[0], Exception):
+        raise box[0]
+    result: Result = box[0]
+    return result

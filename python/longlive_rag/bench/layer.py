@@ -29,8 +29,8 @@ def cases(machine: Machine) -> dict[str, Case]:
 def measure(machine: Machine, case: str, heads: int, height: int, width: int) -> Row:
     dtype = torch.bfloat16 if machine.cuda else torch.float32
     config = RetrievalConfig()
-    memory = _filled(config, machine, dtype, heads, (height, width))
-    window = _filled(RetrievalConfig(memory_frames=0), machine, dtype, heads, (height, width))
+    memory = filled_memory(config, machine, dtype, heads, (height, width))
+    window = filled_memory(RetrievalConfig(memory_frames=0), machine, dtype, heads, (height, width))
     naive = NaiveLayer(config, machine, dtype, heads, (height, width))
     frames, tokens = config.block_frames, height * width
     sets = machine.sets(3 * frames * tokens * heads * HEAD_DIM * dtype.itemsize)
@@ -53,7 +53,7 @@ def measure(machine: Machine, case: str, heads: int, height: int, width: int) ->
 
 
 @torch.no_grad()
-def _filled(
+def filled_memory(
     config: RetrievalConfig, machine: Machine, dtype: torch.dtype, heads: int, grid: tuple[int, int]
 ) -> RetrievalMemory:
     """A memory of one layer that holds `START` frames and has begun the next block."""

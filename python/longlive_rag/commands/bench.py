@@ -14,7 +14,9 @@ from longlive_rag.options import Positional
 if TYPE_CHECKING:
     from longlive_rag.bench.common import Case, Machine
 
-Benchmark = Literal["insert", "retrieve", "attend", "pack", "layer", "block", "encoder", "portable", "decode"]
+Benchmark = Literal[
+    "insert", "retrieve", "attend", "pack", "layer", "block", "encoder", "portable", "decode", "parallel"
+]
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Bench:
         "block",
         "encoder",
     )
-    """What to measure. portable, PyTorch's attention beside the definition, and decode, latents to pictures, are
-    measured only when they are asked for."""
+    """What to measure. portable, PyTorch's attention beside the definition, decode, latents to pictures, and parallel,
+    a layer on several ranks, are measured only when they are asked for."""
     sweep: bool = False
     """With attend, on a Hopper GPU: more sizes, every variant of the kernel, and what the rotation costs."""
     json: Path | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -17,6 +17,10 @@ from longlive_rag.generation.sampling import PAPER_SAMPLING, FreshNoise, Renoise
 from longlive_rag.memory import Retrieval, RetrievalMemory
 from longlive_rag.models import CausalWanModel
 from longlive_rag.models.causal_wan import Attention, Prompt
+from longlive_rag.models.sizes import TransformerSizes
+from longlive_rag.parallel.agreement import Agreement, ShardSizes, SharedSelection, check_same, shared_budget
+from longlive_rag.parallel.attention import ShardedAttention
+from longlive_rag.parallel.shards import Group, Shards
 from longlive_rag.selection import Selection
 
 Prompts = Tensor | Sequence[tuple[int, Tensor]]
@@ -68,6 +72,7 @@ def stream(
     selection: Selection | None = None,
     given: Tensor | Iterable[Tensor] | None = None,
     budget: Budget | None = None,
+    group: Group | None = None,
 ) -> Iterator[FinishedBlock]:
     """Generate a video and yield each block as soon as it is finished.
 
@@ -81,7 +86,10 @@ def stream(
         selection: which frames come back; default the most similar ones.
         given: latents [B, n, C, H, W], whole blocks, that take the place of the first n frames; or these blocks one at
             a time.
-        budget: of the memory, in bytes (see `RetrievalMemory`).
+        budget: of the memory, in bytes (see `RetrievalMemory`); with a group, of each rank's.
+        group: the ranks that make this video together, all with the same arguments: each computes a share of the tokens
+            and attends with a share of the heads, whose number it must divide. Every rank yields the whole result.
+            docs/several_gpus.md.
 
     To go on with a video that was stopped, pass its finished latents as `given`, a `ReplaySelection` of what its blocks
     retrieved, and a `Sampling.renoise` that counts on from the draws of
@@ -94,17 +102,25 @@ def stream(
     Raises:
         ValueError, TypeError: bad arguments, before any work; noise of a wrong form, when its block is reached; noise
             that is not finite, in place of that block.
+        RuntimeError: the ranks of the group do not agree on a block.
     """
     _check_policy(config, embedding)
+    sizes: TransformerSizes = model
+    shards = None
+    if group is not None:
+        shards = Shards(group, model.num_heads)
+        check_same(shards, config=config, sampling=replace(sampling, renoise=None), budget=budget)
+        sizes, selection = ShardSizes(model, shards), SharedSelection(selection, shards)
+        budget = shared_budget(budget, shards, model.patch_embedding.weight.device)
     open_memory = partial(
         RetrievalMemory.for_model,
-        model,
+        sizes,
         config=config,
         embedding=embedding or AveragePool(),
         selection=selection,
         budget=budget,
     )
-    return _blocks(model, noise, _prompter(prompt_embeds), sampling, given, open_memory)
+    return _blocks(model, noise, _prompter(prompt_embeds), sampling, given, open_memory, shards)
 
 
 @torch.no_grad()
@@ -115,6 +131,7 @@ def _blocks(
     sampling: Sampling,
     given: Tensor | Iterable[Tensor] | None,
     open_memory: Callable[..., RetrievalMemory],
+    shards: Shards | None,
 ) -> Iterator[FinishedBlock]:
     fresh_noise = FreshNoise(sampling, model.patch_embedding.weight.device)
     memory: RetrievalMemory | None = None
@@ -122,22 +139,31 @@ def _blocks(
     prompts: list[tuple[int, Prompt]] = []
     latest_embeds: Tensor | None = None
     given_blocks: Iterator[Tensor] = iter(())
+    agreement = None if shards is None else Agreement(shards)
     start = 0
+
+    def on_this_rank(attention: Attention, latents: Tensor) -> Attention:
+        if shards is None:
+            return attention
+        rows, columns = model.token_grid(*latents.shape[3:])
+        return ShardedAttention(attention, shards, rows * columns)
 
     def clean_pass(video: int, frames: range, latents: Tensor, attention: Attention) -> None:
         prompt = next(prompt for first, prompt in reversed(prompts) if first <= frames.start)
         of_video = [(k[video : video + 1], v[video : video + 1]) for k, v in prompt]
-        model(latents, _context_timestep(latents, sampling), of_video, attention)
+        model(latents, _context_timestep(latents, sampling), of_video, on_this_rank(attention, latents))
 
     try:
         for block_noise in noise:
             _check_form("noise", block_noise, model)
             check_finite = _deferred_check("noise", block_noise)
-            block_noise = block_noise.contiguous()  # other strides would make a compiled model compile again
+            # Other strides, even of a single video, would make a compiled model compile again.
+            block_noise = block_noise.clone(memory_format=torch.contiguous_format)
             batch, frames = block_noise.shape[:2]
             if memory is None:
                 memory = open_memory(shape=block_noise.shape, clean_pass=clean_pass)
                 _check_given(given, block_noise, memory.config)
+                attention = on_this_rank(memory, block_noise)
                 given_blocks = iter(given.split(frames, dim=1) if isinstance(given, Tensor) else given or ())
             embeds = prompt_at(start)
             if embeds is not latest_embeds:
@@ -146,7 +172,7 @@ def _blocks(
                     prompts.clear()  # nothing will be rebuilt
                 prompts.append((start, prompt))
                 latest_embeds = embeds
-            predict = partial(model, prompt=prompts[-1][1], attention=memory)
+            predict = partial(model, prompt=prompts[-1][1], attention=attention)
 
             memory.begin_block(start, frames)
             given_block = next(given_blocks, None)
@@ -163,11 +189,16 @@ def _blocks(
             predict(clean, _context_timestep(clean, sampling))
             check_finite()
             embeddings = memory.commit(clean)
+            if agreement is not None:
+                agreement.check()
+                agreement.note(start, clean, memory.bank.forgotten)
             last = memory.retrieved[-1] if memory.retrieved else None
             retrieval = last if last and last.block_start == start else None
             memory.retrieved.clear()  # the caller has the record; a video without an end must not gather it twice
             yield FinishedBlock(start, clean, embeddings, retrieval, memory.usage(), memory.bank.budget)
             start += frames
+        if agreement is not None:
+            agreement.check()
     except torch.OutOfMemoryError as error:
         held = format_bytes(memory.usage().device.bytes) if memory is not None else "none"
         raise torch.OutOfMemoryError(
@@ -198,6 +229,7 @@ def rollout(
     selection: Selection | None = None,
     given: Tensor | None = None,
     budget: Budget | None = None,
+    group: Group | None = None,
 ) -> RolloutResult:
     """Generate a whole video; see `stream`, and `Sampling` for the sampler's settings.
 
@@ -231,6 +263,7 @@ def rollout(
             selection=selection,
             given=given,
             budget=budget,
+            group=group,
         ):
             blocks.append(block)
     except KeyboardInterrupt:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longlive_rag.parallel.attention import ShardedAttention
+
 SIZES: dict[str, dict[str, int]] = {
     "1.3B": {"dim": 1536, "ffn_dim": 8960, "num_heads": 12, "num_layers": 30},
     "5B": {"dim": 3072, "ffn_dim": 14336, "num_heads": 24, "num_layers": 30, "in_dim": 48, "out_dim": 48},
@@ -129,7 +131,7 @@ class CausalWanModel(nn.Module):
             latents: [B, F, in_dim, height, width], noisy at `timestep`.
             timestep: [B, F] or [B], 0 (clean) to 1000 (noise).
             prompt: of `prepare_prompt`.
-            attention: self-attention with its context.
+            attention: self-attention with its context. A `ShardedAttention` has the model work on this rank's tokens.
 
         Returns:
             [B, F, out_dim, height, width] in the dtype of `latents`.
@@ -145,10 +147,14 @@ class CausalWanModel(nn.Module):
         time = self.time_embedding(sinusoidal_embedding(timestep, self.freq_dim).to(dtype))  # [B, F, dim]
         modulation = self.time_projection(time).unflatten(-1, (6, self.dim))  # [B, F, 6, dim]
 
+        if isinstance(attention, ShardedAttention):
+            x = attention.own_tokens(x)
         for block, (text_k, text_v) in zip(self.blocks, prompt, strict=True):
             x = block(x, modulation, text_k, text_v, attention)
 
         x = self.head(x, time)  # [B, F, T, patch rows * patch columns * out_dim]
+        if isinstance(attention, ShardedAttention):
+            x = attention.all_tokens(x)
         patch_rows, patch_columns = self.patch_size[1:]
         x = x.view(batch, frames, rows, columns, patch_rows, patch_columns, self.out_dim)
         return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, frames, self.out_dim, height, width).to(latents.dtype)
