@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import count
@@ -103,7 +104,9 @@ def run() -> Iterator[KilledRuns]:
 
 def test_killed_at_random_moments(run: KilledRuns, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
+    begun = time.monotonic()
     assert run(output=str(plain)) == 0
+    whole = time.monotonic() - begun  # moments that suit this machine: on a fast one a fixed half second is too late
     generator = random.Random(0)
     kills = {"step": 0, "torn": 0, "seconds": 0}
     for video in count():
@@ -112,7 +115,7 @@ def test_killed_at_random_moments(run: KilledRuns, tmp_path: Path) -> None:
         for _ in range(8):
             request: dict[str, Any] = {"output": str(folder)}
             if kind == "seconds":
-                request["seconds"] = generator.uniform(0.02, 0.5)
+                request["seconds"] = whole * generator.uniform(0.02, 0.8)
             else:
                 request |= {"step": generator.randint(1, 20), "torn": kind == "torn"}
             status = run(**request)
@@ -121,9 +124,8 @@ def test_killed_at_random_moments(run: KilledRuns, tmp_path: Path) -> None:
         assert run(output=str(folder)) == 0
         assert contents(folder) == contents(plain), (video, kind)
         shutil.rmtree(folder)
-        if sum(kills.values()) >= RANDOM_KILLS:
+        if sum(kills.values()) >= RANDOM_KILLS and min(kills.values()) > 10:
             break
-    assert min(kills.values()) > 10, kills
 
 
 def test_killed_at_each_of_the_last_changes_to_a_file(run: KilledRuns, tmp_path: Path) -> None:

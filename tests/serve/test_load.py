@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import sys
 import textwrap
 import time
 import urllib.request
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import websockets
@@ -31,22 +33,39 @@ def fetched(address: str) -> bytes:
         return answer.read()
 
 
+@contextlib.asynccontextmanager
+async def connected(address: str) -> AsyncIterator[tuple[websockets.ClientConnection, list[float]]]:
+    """A viewer that says how far it has watched, in seconds (the last of the list), as often as the docs advise."""
+    async with websockets.connect(f"{address.replace('http', 'ws')}ws", close_timeout=1) as viewer:
+        seconds = [0.0]
+
+        async def tell() -> None:
+            with contextlib.suppress(websockets.ConnectionClosed):
+                while True:
+                    await viewer.send(json.dumps({"type": "watching", "video": 1, "seconds": seconds[-1]}))
+                    await asyncio.sleep(0.1)
+
+        telling = asyncio.create_task(tell())
+        yield viewer, seconds
+        telling.cancel()
+
+
 async def watch(address: str, seed: int) -> int:
     """Joins, watches a while, and leaves, thrice; hears no block twice and misses none. Returns how many it heard."""
     chance = random.Random(seed)
     heard = 0
     for _ in range(3):
         await asyncio.sleep(chance.random())
-        async with websockets.connect(f"{address.replace('http', 'ws')}ws") as viewer:
+        async with connected(address) as (viewer, seconds):
             expected = json.loads(await viewer.recv())["state"]["blocks"]
             end = time.monotonic() + 0.5 + chance.random()
             while time.monotonic() < end:
-                await viewer.send(json.dumps({"type": "watching", "video": 1, "seconds": expected / 10}))
                 message = json.loads(await asyncio.wait_for(viewer.recv(), 30))
                 if message["type"] == "block":
                     # One that was finished while we connected may be in the state already.
                     assert message["block"] in (expected, expected - 1)
                     expected = message["block"] + 1
+                    seconds.append(expected / 10)
                     heard += 1
             if chance.random() < 0.5:
                 viewer.transport.abort()  # a viewer that vanishes
@@ -78,10 +97,10 @@ def test_who_does_not_read_holds_up_nobody(scene, tmp_path):
             lazy.append(connection)
 
         async def watch_until_it_has_grown() -> None:
-            lazy, attentive = (websockets.connect(f"ws://127.0.0.1:{port}/ws") for _ in range(2))
-            async with lazy, attentive as viewer:  # the first never reads
+            never_reads = websockets.connect(f"ws://127.0.0.1:{port}/ws", close_timeout=1)
+            async with never_reads, connected(address) as (viewer, seconds):
+                seconds.append(1000)
                 while True:
-                    await viewer.send('{"type": "watching", "video": 1, "seconds": 1000}')
                     message = json.loads(await asyncio.wait_for(viewer.recv(), 30))
                     if message["type"] == "block" and message["block"] >= 60:
                         return
