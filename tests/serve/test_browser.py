@@ -141,12 +141,29 @@ def test_a_button_changes_the_place(browser, tmp_path):
         browser.find_element(By.TAG_NAME, "body").send_keys("1")
         wait(browser, lambda b: difference(b.execute_script(COLOUR), meadow) < 15)
         wait(browser, lambda b: b.find_elements(By.CSS_SELECTOR, "#track .run.tone-2"))
+        wait(browser, lambda b: "Now: meadow." in b.find_element(By.ID, "live-region").get_attribute("textContent"))
+        listen_to_it(browser)
         look_at_it(browser)
         browser.get("about:blank")
 
 
 def difference(one: list[int], other: list[int]) -> float:
     return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one) * 4 / 3
+
+
+def listen_to_it(browser: webdriver.Chrome) -> None:
+    """What can be focused has a name for screen readers, which read the tree that is asked for here."""
+    browser.execute_cdp_cmd("Accessibility.enable", {})
+    nodes = browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    browser.execute_cdp_cmd("Accessibility.disable", {})
+    names: dict[str, list[str]] = {}
+    for node in nodes:
+        focusable = any(each["name"] == "focusable" and each["value"]["value"] for each in node.get("properties", ()))
+        if focusable and node["role"]["value"] != "RootWebArea":
+            names.setdefault(node["role"]["value"], []).append(node.get("name", {}).get("value", ""))
+    assert all(name for each in names.values() for name in each), names
+    assert {"Meadow", "Seaside", "Newest", "Hold", "Save", "Begin again"} <= set(names["button"])
+    assert names["slider"] == ["Timeline"] and set(names["radio"]) == {"Cut", "Pan"}
 
 
 def look_at_it(browser: webdriver.Chrome) -> None:
