@@ -21,7 +21,10 @@ INSTRUCTIONS = {
     "insert": ["LDG.E.128", "STG.E.128"],
     "pack": [],
     "retrieve": ["LDG.E.128", "SHFL", "ATOM"],
-    "attend": ["HMMA.16816.F32", "LDGSTS.E.BYPASS.LTC128B.128", "LDSM.16.M88.4", "LDSM.16.MT88.4", "MUFU.EX2"],
+    "attend": [
+        *["HMMA.16816.F32", "LDGSTS.E.BYPASS.LTC128B.128", "LDSM.16.M88.4", "LDSM.16.MT88.4", "MUFU.EX2"],
+        *["MEMBAR.SC.GPU", "ATOMG.E.ADD"],  # parts of a tile: written, and only then counted
+    ],
 }
 INSTRUCTIONS_SM90 = ["HGMMA", "UTMALDG.5D", "SYNCS", "MUFU.EX2", "USETMAXREG"]
 
