@@ -161,7 +161,6 @@ FAULTS = {
         "return fmaxf(value, __shfl_xor_sync(kFullMask, value, 4))",
     ),
     "attend: one token beyond the frame": (run_attend, SM80, ">= columns_left", "> columns_left"),
-    "attend: work not waited for": (run_attend, SM80, "__syncthreads();  // the work is known", "// the work is known"),
     "attend: query not turned where a part begins": (
         run_attend_cut,
         SM80,
