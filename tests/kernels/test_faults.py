@@ -179,7 +179,7 @@ FAULTS = {
         "clear(p.arrived, plan.arrived_bytes, stream);",
         ";",
     ),
-    "attend: merged before the last part": (run_attend_cut, SM80, "work.arrived + 1 <", "work.arrived + 2 <"),
+    "attend: merged by all but the last": (run_attend_cut, SM80, "work.arrived + 1 <", "work.arrived + 1 >="),
     "attend: two parts in one place": (
         run_attend_cut,
         SM80,
