@@ -56,7 +56,8 @@ LONGLIVE_HOST_DEVICE Schedule make_schedule(int tiles, int steps, int blocks) {
 // Parts are computed in turns of `blocks`, each of which takes the part's own steps, `kPartSteps` to round
 // them up, to fill the pipeline, to turn the query and to write the result, and as many steps as there are
 // parts to read them where they are merged (predicted, unmeasured). With more steps the parts are not fewer:
-// more of them win only by a smaller share of the steps, for a larger fixed cost.
+// more of them win only by a smaller share of the steps, for a larger fixed cost. 32 bits do for
+// 200,000 steps.
 LONGLIVE_HOST_DEVICE Schedule make_schedule_of_parts(int tiles, int steps, int blocks) {
   constexpr int kMaxParts = 32, kPartSteps = 3;
   const int waves = tiles / blocks, rest = tiles % blocks;

@@ -29,7 +29,7 @@ struct Plan {
     p.a = a;
     p.query_tiles = (a.length + kAttendRows - 1) / kAttendRows;
     p.scale = a.scale * 1.4426950408889634f;
-    p.blocks = kAttendBlocks * multiprocessors();
+    p.blocks = compute_capability() == 90 ? 1 : kAttendBlocks * multiprocessors();  // kCutsLastWave
     const Schedule largest =
         make_schedule_of_parts(a.heads * p.query_tiles, a.entries * ((a.tokens + tile - 1) / tile), p.blocks);
     p.units_a_sample = unit_count(largest);

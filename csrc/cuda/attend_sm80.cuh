@@ -27,6 +27,19 @@ constexpr int kAttendRows = kAttendWarps * kAttendWarpRows;
 
 constexpr int kAttendBlocks = 2;  // that run on a multiprocessor at a time
 
+// Machine code for Hopper, which has a kernel of its own, differs in two ways, or ptxas would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr bool kForHopper = true;
+#else
+constexpr bool kForHopper = false;
+#endif
+// The kernel cuts if both it and the launcher do, so that either may decide against it alone.
+constexpr bool kCutsLastWave = !kForHopper;
+
+// A number that is the same in all threads; ptxas spills 52 bytes for Hopper unless it is told so, and 32 for
+// sm_80 if it is.
+__device__ __forceinline__ int uniform(int x) { return kForHopper ? __shfl_sync(kFullMask, x, 0) : x; }
+
 // The tiles of the used pages, in the order of the table.
 struct TileCursor {
   int entry, token;
@@ -69,7 +82,7 @@ struct AttendSm80Parameters {
   AttendArguments a;
   int query_tiles;     // of one head of one sample
   float scale;         // of the scores, times log2(e): exponentials are powers of two
-  int blocks;          // that run at a time
+  int blocks;          // that run at a time; 1: no last wave is cut
   int units_a_sample;  // at most, like the next two; unit_count
   int sharers_a_sample, cut_a_sample;
   float* partials;    // [sample][cut tile][part][kAttendPartial][thread]
@@ -125,7 +138,9 @@ __device__ __forceinline__ void find_work(const AttendSm80Parameters& p, AttendW
   for (int first = 0; first < p.a.entries; first += kWarpSize)
     used += __popc(__ballot_sync(kFullMask, first + lane < p.a.entries && slots[first + lane] >= 0));
   const int steps_per_page = (p.a.tokens + kTile - 1) / kTile, steps = used * steps_per_page;
-  const Schedule schedule = make_schedule_of_parts(p.a.heads * p.query_tiles, steps, p.blocks);
+  const int tiles = p.a.heads * p.query_tiles;
+  const Schedule schedule =
+      kCutsLastWave ? make_schedule_of_parts(tiles, steps, p.blocks) : Schedule{tiles, 0, 0};
   if (lane > 0) return;
   work.parts = 0;
   if (unit >= unit_count(schedule)) return;
@@ -271,8 +286,8 @@ __global__ void __launch_bounds__(kAttendThreads, kAttendBlocks) attend_kernel(c
     load_rows<T, kHeadDim, kTile, kAttendThreads>(target, source, kHeadDim, a.tokens - tile.token, thread);
   };
 
-  TileCursor tile = shared.work.first;
-  int steps = shared.work.steps;
+  TileCursor tile{uniform(shared.work.first.entry), uniform(shared.work.first.token)};
+  int steps = uniform(shared.work.steps);
   {
     const AttendRows mine(shared.work);
     load_rows<T, kHeadDim, kAttendWarpRows, kWarpSize>(
@@ -373,7 +388,8 @@ __global__ void __launch_bounds__(kAttendThreads, kAttendBlocks) attend_kernel(c
       }
     }
   }
-  if (shared.work.parts > 1 && !merge_parts<kHeadDim>(p, shared.work, out, softmax)) return;
+  if constexpr (kCutsLastWave)
+    if (shared.work.parts > 1 && !merge_parts<kHeadDim>(p, shared.work, out, softmax)) return;
 
   // Through shared memory, so that rows leave in 16-byte stores; each warp uses its own query rows' place.
   const AttendRows mine(shared.work);

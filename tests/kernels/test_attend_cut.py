@@ -82,6 +82,23 @@ def test_a_sample_is_cut_as_if_alone(module):
                 assert torch.equal(got[0], expected[sample])
 
 
+def test_hopper_cuts_nothing(module, order, monkeypatch):
+    """There is a kernel of its own; what runs beside it leaves the last wave whole."""
+    case = unlike_numbers_of_pages().sample(0)
+    assert is_cut(module, case)
+    monkeypatch.setenv("SIMT_CAPABILITY", "90")
+    assert not is_cut(module, case)
+    check(module, case, kernel="sm80")
+
+
+def test_a_kernel_that_does_not_cut(order):
+    """As machine code for Hopper, under a launcher that would: the blocks that are left over have nothing to do."""
+    module = emulated.build(("cuda/attend_sm80.cuh", "kForHopper = false", "kForHopper = true"))
+    case = make_case(tokens=64, head_dim=64, heads=AT_A_TIME + 1, entries=12)
+    assert is_cut(module, case)
+    check(module, case, kernel="sm80")
+
+
 def bits_in_both_orders(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, ...]]:
     case = make_case(tokens=64, head_dim=64, heads=2, entries=12)
     results = []
