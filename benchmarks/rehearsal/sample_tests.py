@@ -9,6 +9,8 @@ NOT_HERE = {
     "test_agrees_with_the_other_kernel": "hours in the emulator",
     "test_a_million_keys": "4.5 GB of keys",
     "test_retrieve_in_cuda_graphs_made_by_the_compiler": "torch.compile makes graphs for a real GPU only",
+    "test_the_first_call_of_a_process_may_be_captured": "a new process knows nothing of the stand-ins",
+    "test_a_block_begins_while_the_device_is_busy": "a CPU is done at once",
     "test_it_learns_in_mixed_precision_on_a_gpu": "torch's own kernels in half precision",
 }
 """Tests that only a GPU can run, and why."""

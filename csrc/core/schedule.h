@@ -1,13 +1,15 @@
-// Who computes what in attend on Hopper: the work partition of a persistent grid, one block to an SM.
+// Who computes what in attend: how its work is cut for the multiprocessors of a GPU.
 //
 // A sample's work is a number of query tiles of equal cost. Whole waves, one tile to a block, leave a
 // remainder of fewer tiles than blocks; those are cut along their keys and shared out evenly. The parts of a
 // tile are merged in the order of their keys, so the result does not depend on which block finished first.
 // Nor does it depend on the batch or on unused entries of the table: a sample is cut by its own work alone.
 //
-// What is dealt out, stretches of cut tiles and whole tiles, are units. Blocks take the units of all samples
-// in turns, the next sample beginning where the last one ended. How many keys a sample meets is known on the
-// device only, where the table of pages is, so the schedule is made there, by every block for itself.
+// What is dealt out, stretches of cut tiles and whole tiles, are units. On Hopper the grid is persistent, and
+// blocks take the units of all samples in turns, the next sample beginning where the last one ended. On sm_80
+// a block takes one unit, and the units of a sample are cut so that each is of one tile. How many keys a
+// sample meets is known on the device only, where the table of pages is, so the schedule is made there, by
+// every block for itself.
 #pragma once
 #include <cstdint>
 
@@ -46,6 +48,32 @@ LONGLIVE_HOST_DEVICE Schedule make_schedule(int tiles, int steps, int blocks) {
   const int sharers = rest * steps / kMinSteps < blocks ? rest * steps / kMinSteps : blocks;
   const bool worth = sharers > rest && (sharers - rest) * kWorthCutting > sharers * (waves + 1);
   return worth ? Schedule{tiles, rest, sharers} : Schedule{tiles, 0, 0};
+}
+
+// The same where a block takes one unit: all cut tiles are cut into equally many parts, `sharers` is a
+// multiple of `cut`, and a stretch is one part of one tile. `blocks` is how many run at a time.
+//
+// Parts are computed in turns of `blocks`, each of which takes the part's own steps, `kPartSteps` to round
+// them up, to fill the pipeline, to turn the query and to write the result, and as many steps as there are
+// parts to read them where they are merged (predicted, unmeasured). With more steps the parts are not fewer:
+// more of them win only by a smaller share of the steps, for a larger fixed cost. 32 bits do for
+// 200,000 steps.
+LONGLIVE_HOST_DEVICE Schedule make_schedule_of_parts(int tiles, int steps, int blocks) {
+  constexpr int kMaxParts = 32, kPartSteps = 3;
+  const int waves = tiles / blocks, rest = tiles % blocks;
+  const int most = steps / kMinSteps < kMaxParts ? steps / kMinSteps : kMaxParts;
+  // What the last wave takes is cost / (parts * kWorthCutting). Of a wave left whole that is what the parts
+  // have to stay below to be worth it.
+  int64_t best_cost = int64_t(steps) * (kWorthCutting - waves - 1);
+  int best = 1;
+  for (int parts = 2; parts <= most; ++parts) {
+    const int turns = (rest * parts + blocks - 1) / blocks;
+    const int64_t cost = int64_t(turns) * (steps + (kPartSteps + parts) * parts) * kWorthCutting;
+    if (cost * best >= best_cost * parts) continue;
+    best = parts;
+    best_cost = cost;
+  }
+  return best > 1 && rest > 0 ? Schedule{tiles, rest, rest * best} : Schedule{tiles, 0, 0};
 }
 
 LONGLIVE_HOST_DEVICE int unit_count(const Schedule& s) { return s.sharers + s.tiles - s.cut; }

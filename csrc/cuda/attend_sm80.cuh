@@ -1,5 +1,7 @@
 // attend for sm_80 and newer: one block takes 128 query rows of one head through all tokens of all used
-// pages.
+// pages, or through a part of them: what would be an incomplete last wave of blocks is cut along the keys
+// (core/schedule.h), and the last block of a query tile to finish merges the parts in the order of their
+// keys.
 //
 // The keys carry no temporal rotation. When a block comes to a page, each warp turns the temporal pairs of
 // its own query rows by the distance in time to that page, always from the unrotated query in global memory,
@@ -8,6 +10,7 @@
 #pragma once
 #include "core/pages.cuh"
 #include "core/rotation.cuh"
+#include "core/schedule.h"
 #include "cuda/attend.h"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/ptx/mma.cuh"
@@ -22,17 +25,74 @@ constexpr int kAttendThreads = kAttendWarps * kWarpSize;
 constexpr int kAttendWarpRows = 32;
 constexpr int kAttendRows = kAttendWarps * kAttendWarpRows;
 
+constexpr int kAttendBlocks = 2;  // that run on a multiprocessor at a time
+
+// Machine code for Hopper, which has a kernel of its own, differs in two ways, or ptxas would spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr bool kForHopper = true;
+#else
+constexpr bool kForHopper = false;
+#endif
+// The kernel cuts if both it and the launcher do, so that either may decide against it alone.
+constexpr bool kCutsLastWave = !kForHopper;
+
+// A number that is the same in all threads; ptxas spills 52 bytes for Hopper unless it is told so, and 32 for
+// sm_80 if it is.
+__device__ __forceinline__ int uniform(int x) { return kForHopper ? __shfl_sync(kFullMask, x, 0) : x; }
+
+// The tiles of the used pages, in the order of the table.
+struct TileCursor {
+  int entry, token;
+
+  // Only where there is another page, or tile.
+  __device__ __forceinline__ void next_page(const int32_t* slots) {
+    do ++entry;
+    while (slots[entry] < 0);
+  }
+  __device__ __forceinline__ void advance(int tile, int tokens, const int32_t* slots) {
+    token += tile;
+    if (token < tokens) return;
+    token = 0;
+    next_page(slots);
+  }
+};
+
+// What a block works on. In shared memory, where it takes no registers from the accumulators.
+struct AttendWork {
+  int sample, head, first_row;
+  TileCursor first;  // tile of keys
+  int steps;         // tiles of keys
+  int tile, part, parts;
+  uint32_t arrived;  // parts of the query tile that were done before this one
+};
+
 template <class T, int kHeadDim, int kTile>
 struct AttendShared {
   T q[kAttendRows * kHeadDim];  // temporal pairs rotated for the current page; at the end the output
   T k[kTile * kHeadDim];
   T v[kTile * kHeadDim];
+  AttendWork work;
+};
+
+// A thread's share of a partial result: its accumulators, and maximum and sum of its four rows.
+template <int kHeadDim>
+constexpr int kAttendPartial = kHeadDim + 8;
+
+struct AttendSm80Parameters {
+  AttendArguments a;
+  int query_tiles;     // of one head of one sample
+  float scale;         // of the scores, times log2(e): exponentials are powers of two
+  int blocks;          // that run at a time; 1: no last wave is cut
+  int units_a_sample;  // at most, like the next two; unit_count
+  int sharers_a_sample, cut_a_sample;
+  float* partials;    // [sample][cut tile][part][kAttendPartial][thread]
+  uint32_t* arrived;  // [sample][cut tile]: parts that are done
 };
 
 // A row's 16-byte chunks are stored in the order chunk ^ (row % 8): the eight rows of an 8 x 8 matrix then
 // lie in different banks.
 template <int kHeadDim>
-__device__ __forceinline__ int swizzled(int row, int chunk) {
+__device__ __forceinline__ int swizzled(unsigned row, unsigned chunk) {
   static_assert(kHeadDim % 64 == 0, "a row must have a multiple of eight chunks");
   return row * kHeadDim + (chunk ^ (row % 8)) * 8;
 }
@@ -54,42 +114,60 @@ struct FragmentOffset {
 // Copies `kRows` consecutive rows, of which the first `rows_left` exist; the others become zeros.
 template <class T, int kHeadDim, int kRows, int kThreads>
 __device__ __forceinline__ void load_rows(T* shared, const T* global, int64_t stride, int rows_left,
-                                          int thread) {
+                                          unsigned thread) {
   constexpr int kChunks = kHeadDim / 8, kRowsAtOnce = kThreads / kChunks;
   static_assert(kThreads % kChunks == 0 && kRows % kRowsAtOnce == 0,
                 "every thread copies equally many chunks");
-  const int first_row = thread / kChunks, chunk = thread % kChunks;
+  const unsigned first_row = thread / kChunks, chunk = thread % kChunks;
+  rows_left -= static_cast<int>(first_row);
   global += first_row * stride + chunk * 8;
 #pragma unroll
   for (int row = 0; row < kRows; row += kRowsAtOnce)
     ptx::cp_async_16(shared + swizzled<kHeadDim>(first_row + row, chunk), global + row * stride,
-                     first_row + row < rows_left);
+                     row < rows_left);
 }
 
-// The tiles of the used pages, in the order of the table. `entry` is past the table's end after the last.
-struct TileCursor {
-  int entry = -1, token = 0;
+// The first warp: what this block works on; no parts if there is nothing for it.
+template <int kTile>
+__device__ __forceinline__ void find_work(const AttendSm80Parameters& p, AttendWork& work) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int sample = blockIdx.x / p.units_a_sample, unit = blockIdx.x % p.units_a_sample;
+  const int32_t* slots = p.a.slots + sample * p.a.entries;
+  int used = 0;
+#pragma unroll 1
+  for (int first = 0; first < p.a.entries; first += kWarpSize)
+    used += __popc(__ballot_sync(kFullMask, first + lane < p.a.entries && slots[first + lane] >= 0));
+  const int steps_per_page = (p.a.tokens + kTile - 1) / kTile, steps = used * steps_per_page;
+  const int tiles = p.a.heads * p.query_tiles;
+  const Schedule schedule =
+      kCutsLastWave ? make_schedule_of_parts(tiles, steps, p.blocks) : Schedule{tiles, 0, 0};
+  if (lane > 0) return;
+  work.parts = 0;
+  if (unit >= unit_count(schedule)) return;
+  const Piece piece = piece_at(schedule, unit, 0);
+  const int begin = step_at(piece.begin, piece.of, steps), end = step_at(piece.end, piece.of, steps);
+  TileCursor first{-1, begin % steps_per_page * kTile};
+#pragma unroll 1
+  for (int page = 0; begin < end && page <= begin / steps_per_page; ++page) first.next_page(slots);
+  work = {sample,
+          piece.tile / p.query_tiles,
+          piece.tile % p.query_tiles * kAttendRows,
+          first,
+          end - begin,
+          piece.tile,
+          piece.part,
+          piece.parts,
+          0};
+}
 
-  __device__ __forceinline__ void advance(int tile, const AttendArguments& a, int table) {
-    token += tile;
-    if (entry >= 0 && token < a.tokens) return;
-    token = 0;
-    do ++entry;
-    while (entry < a.entries && a.slots[table + entry] < 0);
-  }
-};
-
-// What a warp works on. Cheap enough to be computed again at every page, which leaves registers to the
-// accumulators.
-struct AttendWork {
+// A warp's rows. Looked up again at every page, which leaves registers to the accumulators.
+struct AttendRows {
   int head, sample, first_row;
 
-  __device__ __forceinline__ AttendWork(const AttendArguments& a, int query_tiles) {
-    const int block = ptx::opaque(blockIdx.x), warp = threadIdx.x / kWarpSize;
-    head = block / query_tiles % a.heads;
-    sample = block / query_tiles / a.heads;
-    first_row = block % query_tiles * kAttendRows + warp * kAttendWarpRows;
-  }
+  __device__ __forceinline__ AttendRows(const AttendWork& work)
+      : head(work.head),
+        sample(work.sample),
+        first_row(work.first_row + ptx::opaque(threadIdx.x) / kWarpSize * kAttendWarpRows) {}
 
   // Offset of a row of the query or the output from the warp's first.
   __device__ __forceinline__ int64_t offset(const AttendArguments& a, int row, int head_dim) const {
@@ -100,12 +178,11 @@ struct AttendWork {
 // Writes a warp's query rows to `shared` with their temporal pairs turned by the distance to a page at
 // `position`.
 template <class T, int kHeadDim>
-__device__ __forceinline__ void rotate_query(T* shared, const AttendArguments& a, int query_tiles,
+__device__ __forceinline__ void rotate_query(T* shared, const AttendArguments& a, const AttendRows& mine,
                                              int position) {
-  const AttendWork work(a, query_tiles);
-  const T* q = static_cast<const T*>(a.q) + work.offset(a, 0, kHeadDim);
-  const int first_row = work.first_row, stride = a.heads * kHeadDim;
-  const int32_t* query_position = a.query_position + work.sample * (a.length / a.tokens);
+  const T* q = static_cast<const T*>(a.q) + mine.offset(a, 0, kHeadDim);
+  const int first_row = mine.first_row, stride = a.heads * kHeadDim;
+  const int32_t* query_position = a.query_position + mine.sample * (a.length / a.tokens);
   constexpr int kBatch = 4;  // loads under way at a time
   const int rows = min(kAttendWarpRows, a.length - first_row);
   for (int pair = threadIdx.x % kWarpSize; pair < a.pairs; pair += kWarpSize)
@@ -132,39 +209,106 @@ __device__ __forceinline__ void rotate_query(T* shared, const AttendArguments& a
     }
 }
 
-// Grid: query tiles, then heads, then batch, so that blocks that run together read the same pages. `scale` is
-// the scores' times log2(e). The accumulators take up to 192 of 255 registers; what can be had again from the
-// block and thread index is therefore not kept over the loop (`ptx::opaque`).
+// Leaves this part's result in the workspace. True in the last block of its query tile to be done: then `out`
+// and `softmax` are those of all parts, merged in the order of their keys.
+template <int kHeadDim>
+__device__ __forceinline__ bool merge_parts(const AttendSm80Parameters& p, AttendWork& work,
+                                            float (&out)[2][kHeadDim / 8][4],
+                                            OnlineSoftmax (&softmax)[2][2]) {
+  const int64_t first = int64_t(work.sample) * p.sharers_a_sample + work.tile * work.parts;
+  float* partials = p.partials + first * kAttendPartial<kHeadDim> * kAttendThreads + threadIdx.x;
+  const auto at = [&](int part, int i) -> float& {
+    return partials[(part * kAttendPartial<kHeadDim> + i) * kAttendThreads];
+  };
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) at(work.part, (m * kHeadDim / 8 + n) * 4 + i) = out[m][n][i];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      at(work.part, kHeadDim + 4 * m + 2 * half) = softmax[m][half].maximum;
+      at(work.part, kHeadDim + 4 * m + 2 * half + 1) = softmax[m][half].sum;
+    }
+  }
+  __threadfence();
+  __syncthreads();  // all of this part is there
+  if (threadIdx.x == 0) work.arrived = atomicAdd(&p.arrived[work.sample * p.cut_a_sample + work.tile], 1u);
+  __syncthreads();  // the count is there
+  if (work.arrived + 1 < static_cast<uint32_t>(work.parts)) return false;
+  __threadfence();
+
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    softmax[m][0] = softmax[m][1] = {};
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[m][n][i] = 0.0f;
+  }
+#pragma unroll 1
+  for (int part = 0; part < work.parts; ++part)
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      float keep[2], add[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float maximum = at(part, kHeadDim + 4 * m + 2 * half);
+        keep[half] = softmax[m][half].raise(maximum, p.scale);
+        add[half] = softmax[m][half].weight(maximum, p.scale);
+        softmax[m][half].sum += add[half] * at(part, kHeadDim + 4 * m + 2 * half + 1);
+      }
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          out[m][n][i] = out[m][n][i] * keep[i / 2] + add[i / 2] * at(part, (m * kHeadDim / 8 + n) * 4 + i);
+    }
+  return true;
+}
+
+// Grid: the units of a sample, by heads, so that blocks that run together read the same pages; then batch.
+// The accumulators take up to 192 of 255 registers; what can be had again from shared memory and the thread
+// index is therefore not kept over the loop (`ptx::opaque`).
 template <class T, int kHeadDim, int kTile>
-__global__ void __launch_bounds__(kAttendThreads, 2)
-    attend_kernel(const AttendArguments a, const int query_tiles, const float scale) {
+__global__ void __launch_bounds__(kAttendThreads, kAttendBlocks) attend_kernel(const AttendSm80Parameters p) {
   auto& shared = shared_memory<AttendShared<T, kHeadDim, kTile>>();
-  const AttendWork work(a, query_tiles);
-  const int head = work.head, table = work.sample * a.entries;
-  const auto load_tile = [&](T* target, const void* pages, const TileCursor& tile, int thread) {
-    const T* source = static_cast<const T*>(pages) +
-                      page_offset(a.slots[table + tile.entry], head, tile.token, a.heads, a.tokens, kHeadDim);
+  const AttendArguments& a = p.a;
+  if (threadIdx.x < kWarpSize) find_work<kTile>(p, shared.work);
+  __syncthreads();  // the work is known
+  if (shared.work.parts == 0) return;
+  const auto table = [&] { return a.slots + shared.work.sample * a.entries; };
+  // `thread` opaque each time: offsets would otherwise be kept from one load to the next, and spilled.
+  const auto load_tile = [&](T* target, const void* pages, const TileCursor& tile, unsigned thread) {
+    const T* source = static_cast<const T*>(pages) + page_offset(table()[tile.entry], shared.work.head,
+                                                                 tile.token, a.heads, a.tokens, kHeadDim);
     load_rows<T, kHeadDim, kTile, kAttendThreads>(target, source, kHeadDim, a.tokens - tile.token, thread);
   };
 
-  TileCursor tile;
-  tile.advance(kTile, a, table);
-  load_rows<T, kHeadDim, kAttendWarpRows, kWarpSize>(
-      shared.q + threadIdx.x / kWarpSize * kAttendWarpRows * kHeadDim,
-      static_cast<const T*>(a.q) + work.offset(a, 0, kHeadDim), a.heads * kHeadDim, a.length - work.first_row,
-      threadIdx.x % kWarpSize);
+  TileCursor tile{uniform(shared.work.first.entry), uniform(shared.work.first.token)};
+  int steps = uniform(shared.work.steps);
+  {
+    const AttendRows mine(shared.work);
+    load_rows<T, kHeadDim, kAttendWarpRows, kWarpSize>(
+        shared.q + threadIdx.x / kWarpSize * kAttendWarpRows * kHeadDim,
+        static_cast<const T*>(a.q) + mine.offset(a, 0, kHeadDim), a.heads * kHeadDim,
+        a.length - mine.first_row, threadIdx.x % kWarpSize);
+  }
   ptx::cp_async_commit();
-  if (tile.entry < a.entries) load_tile(shared.k, a.k_pages, tile, threadIdx.x);
+  if (steps > 0) load_tile(shared.k, a.k_pages, tile, threadIdx.x);
   ptx::cp_async_commit();
   ptx::cp_async_wait<1>();
   __syncwarp();  // the warp's query rows are there
 
   float out[2][kHeadDim / 8][4] = {};
   OnlineSoftmax softmax[2][2];
-  while (tile.entry < a.entries) {
+  for (; steps > 0; --steps) {
     const unsigned thread = ptx::opaque(threadIdx.x), lane = thread % kWarpSize;
     T* q_shared = shared.q + thread / kWarpSize * kAttendWarpRows * kHeadDim;
-    if (tile.token == 0) rotate_query<T, kHeadDim>(q_shared, a, query_tiles, a.positions[table + tile.entry]);
+    if (tile.token == 0 || steps == shared.work.steps)  // a page begins, or the block's part of one
+      rotate_query<T, kHeadDim>(q_shared, a, AttendRows(shared.work),
+                                a.positions[shared.work.sample * a.entries + tile.entry]);
     ptx::cp_async_wait<0>();
     __syncthreads();  // K is there, the query is rotated, and no warp reads the last tile's V any more
     load_tile(shared.v, a.v_pages, tile, thread);
@@ -192,20 +336,22 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
 
     ptx::cp_async_wait<0>();
     __syncthreads();  // V is there, and no warp reads K any more
-    TileCursor next = tile;
-    next.advance(kTile, a, table);
-    if (next.entry < a.entries) load_tile(shared.k, a.k_pages, next, thread);
+    const int tokens_left = a.tokens - tile.token;
+    if (steps > 1) {
+      tile.advance(kTile, a.tokens, table());
+      load_tile(shared.k, a.k_pages, tile, ptx::opaque(threadIdx.x));
+    }
     ptx::cp_async_commit();
 
-    if (tile.token + kTile > a.tokens) {
-      const int tokens_left = a.tokens - tile.token - static_cast<int>(lane % 4 * 2);
+    if (tokens_left < kTile) {
+      const int columns_left = tokens_left - static_cast<int>(lane % 4 * 2);
 #pragma unroll
       for (int m = 0; m < 2; ++m)
 #pragma unroll
         for (int n = 0; n < kTile / 8; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            if (n * 8 + i % 2 >= tokens_left) score[m][n][i] = -INFINITY;
+            if (n * 8 + i % 2 >= columns_left) score[m][n][i] = -INFINITY;
     }
 
 #pragma unroll
@@ -213,7 +359,7 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {  // rows g and g + 8 of the fragment
         const float correction = softmax_tile<kTile / 8>(
-            softmax[m][half], scale, [&](int n, int i) -> float& { return score[m][n][2 * half + i]; });
+            softmax[m][half], p.scale, [&](int n, int i) -> float& { return score[m][n][2 * half + i]; });
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n)
 #pragma unroll
@@ -241,11 +387,12 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
         }
       }
     }
-    tile = next;
   }
+  if constexpr (kCutsLastWave)
+    if (shared.work.parts > 1 && !merge_parts<kHeadDim>(p, shared.work, out, softmax)) return;
 
   // Through shared memory, so that rows leave in 16-byte stores; each warp uses its own query rows' place.
-  const AttendWork again(a, query_tiles);
+  const AttendRows mine(shared.work);
   const unsigned lane = threadIdx.x % kWarpSize;
   T* q_shared = shared.q + threadIdx.x / kWarpSize * kAttendWarpRows * kHeadDim;
 #pragma unroll
@@ -258,16 +405,16 @@ __global__ void __launch_bounds__(kAttendThreads, 2)
       for (int n = 0; n < kHeadDim / 8; ++n)
         *reinterpret_cast<uint32_t*>(q_shared + swizzled<kHeadDim>(row, n) + lane % 4 * 2) =
             ptx::pack2<T>(out[m][n][2 * half] * factor, out[m][n][2 * half + 1] * factor);
-      if (a.lse && lane % 4 == 0 && again.first_row + row < a.length)
-        a.lse[again.offset(a, row, 1)] = softmax[m][half].log_sum_exp(sum, scale);
+      if (a.lse && lane % 4 == 0 && mine.first_row + row < a.length)
+        a.lse[mine.offset(a, row, 1)] = softmax[m][half].log_sum_exp(sum, p.scale);
     }
   __syncwarp();
   constexpr int kChunks = kHeadDim / 8;
 #pragma unroll
   for (int i = 0; i < kAttendWarpRows * kChunks / kWarpSize; ++i) {
     const int row = (lane + i * kWarpSize) / kChunks, chunk = (lane + i * kWarpSize) % kChunks;
-    if (again.first_row + row < a.length)
-      *reinterpret_cast<Vector<T>*>(static_cast<T*>(a.out) + again.offset(a, row, kHeadDim) + chunk * 8) =
+    if (mine.first_row + row < a.length)
+      *reinterpret_cast<Vector<T>*>(static_cast<T*>(a.out) + mine.offset(a, row, kHeadDim) + chunk * 8) =
           *reinterpret_cast<const Vector<T>*>(q_shared + swizzled<kHeadDim>(row, chunk));
   }
 }

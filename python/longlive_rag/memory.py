@@ -220,7 +220,12 @@ class RetrievalMemory:
         """Query with a draft of the current block, its clean prediction [B, F, C, H, W] after the first denoising step.
 
         The query is the mean of its frames' unit embeddings.
+
+        Raises:
+            RuntimeError: within the capture of a CUDA graph, whose replay would search the frames of this block again.
         """
+        if self._is_captured():
+            raise RuntimeError("ask(latents) cannot be part of a CUDA graph: capture what comes before and after it")
         if self.plan.candidates:
             self._choose(torch.nn.functional.normalize(self._embed(latents), dim=-1).mean(dim=1))
             self._get_ready()
@@ -253,7 +258,7 @@ class RetrievalMemory:
         if torch.compiler.is_compiling():
             self._unseen_passes = True
         else:
-            if layer == 0 and self._cuda and torch.cuda.is_current_stream_capturing():
+            if layer == 0 and self._is_captured():
                 self._unseen_passes = True
                 if transfer.busy:
                     raise RuntimeError(
@@ -324,6 +329,9 @@ class RetrievalMemory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _is_captured(self) -> bool:
+        return self._cuda and torch.cuda.is_current_stream_capturing()
 
     def _embed(self, latents: Tensor) -> Tensor:
         return self.embedding.embed(latents.flatten(0, 1)).unflatten(0, latents.shape[:2])

@@ -289,6 +289,17 @@ def test_controls_choose_what_they_say() -> None:
         assert all(math.isfinite(value) for row in entry.similarity for value in row)
 
 
+def test_a_draft_cannot_ask_within_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its replay would search as many frames as there were, and record nothing."""
+    engine = memory()
+    engine.begin_block(0, 1)
+    engine.ask(draw(0, 2, 1)[1])
+    monkeypatch.setattr(engine, "_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="cannot be part of a CUDA graph"):
+        engine.ask(draw(0, 2, 1)[1])
+
+
 def test_wrong_use_is_explained() -> None:
     engine = memory()
     with pytest.raises(RuntimeError, match="begin_block"):

@@ -32,9 +32,9 @@ def plan_of(module: ModuleType, case: Case, kernel: str = "sm90", key_tile: int 
     return module.AttendPlan(*sizes, kernel, key_tile, 0)
 
 
-def attend_sm90(module: ModuleType, case: Case, key_tile: int = 0) -> tuple[Tensor, Tensor]:
-    """The emulated kernel's output and log-sum-exp; both, and the workspace, are poisoned before."""
-    planned = plan_of(module, case, key_tile=key_tile)
+def launched(module: ModuleType, case: Case, kernel: str, key_tile: int = 0) -> tuple[Tensor, Tensor]:
+    """An emulated kernel's output and log-sum-exp; both, and the workspace, are poisoned before."""
+    planned = plan_of(module, case, kernel, key_tile)
     size = planned.workspace
     workspace = torch.full((size // 4 + 4,), torch.nan)
     out, lse = torch.full_like(case.q, torch.nan), torch.full(case.q.shape[:3], torch.nan)
@@ -44,8 +44,12 @@ def attend_sm90(module: ModuleType, case: Case, key_tile: int = 0) -> tuple[Tens
     return out, lse
 
 
-def check(module: ModuleType, case: Case, key_tile: int = 0) -> None:
-    out, lse = attend_sm90(module, case, key_tile)
+def attend_sm90(module: ModuleType, case: Case, key_tile: int = 0) -> tuple[Tensor, Tensor]:
+    return launched(module, case, "sm90", key_tile)
+
+
+def check(module: ModuleType, case: Case, key_tile: int = 0, kernel: str = "sm90") -> None:
+    out, lse = launched(module, case, kernel, key_tile)
     expected, expected_lse = exact(case)
     error = (out.double() - expected).norm() / expected.norm()
     # The output, the weights and the rotated part of the query are rounded, each to within eps / 2.

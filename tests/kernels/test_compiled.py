@@ -101,6 +101,18 @@ def test_pages_are_packed_in_16_byte_words(architecture: str) -> None:
         assert code.count(access) >= at_least, f"{name} has {code.count(access)} {access}"
 
 
+@pytest.mark.parametrize("architecture", architectures())
+def test_parts_of_a_tile_are_written_before_they_are_counted(architecture: str) -> None:
+    """The emulator cannot see the order of memory between blocks. For Hopper no tile is cut (`kForHopper`)."""
+    cubin, _ = compile_kernels("attend", architecture)
+    for name, code in functions(cubin).items():
+        fence, count = code.find("MEMBAR.SC.GPU"), code.find("ATOMG.E.ADD")
+        if architecture == "90a":
+            assert fence == count == -1, f"{name} merges parts"
+        else:
+            assert 0 < fence < count < code.rfind("MEMBAR.SC.GPU"), f"{name} has no fence on both sides of the count"
+
+
 def test_softmax_overlaps_the_second_product() -> None:
     """In each kernel for Hopper the exponentials come after the wait for the scores and before that for the output, the
     product of which is then under way. ptxas would move the second wait up (`ptx::finish_first`)."""

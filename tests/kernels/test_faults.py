@@ -56,6 +56,18 @@ def run_attend() -> list[Tensor]:
     return list(ops.attend(q, pages[0], pages[1], slots, positions, query_position, frequencies, return_lse=True))
 
 
+def run_attend_cut() -> list[Tensor]:
+    """Fourteen steps, cut into three parts; the last begins with the tail of a page."""
+    torch.manual_seed(0)
+    q = torch.randn(1, 75, 1, 64).half()
+    pages = torch.randn(2, 7, 1, 75, 64).half()
+    slots, positions, query_position = (
+        torch.tensor([row], dtype=torch.int32) for row in ([3, -1, 0, 1, 6, 4, 2, 5], [2, 9, 0, 5, 1, 3, 8, 4], [6])
+    )
+    frequencies = rotary.temporal_frequencies(64)
+    return list(ops.attend(q, pages[0], pages[1], slots, positions, query_position, frequencies, return_lse=True))
+
+
 def run_pack() -> list[Tensor]:
     torch.manual_seed(0)
     results = []
@@ -148,7 +160,39 @@ FAULTS = {
         "return fmaxf(value, __shfl_xor_sync(kFullMask, value, 2))",
         "return fmaxf(value, __shfl_xor_sync(kFullMask, value, 4))",
     ),
-    "attend: one token beyond the frame": (run_attend, SM80, ">= tokens_left", "> tokens_left"),
+    "attend: one token beyond the frame": (run_attend, SM80, ">= columns_left", "> columns_left"),
+    "attend: query not turned where a part begins": (
+        run_attend_cut,
+        SM80,
+        "tile.token == 0 || steps == shared.work.steps",
+        "tile.token == 0",
+    ),
+    "attend: no barrier before the count of parts is read": (
+        run_attend_cut,
+        SM80,
+        "__syncthreads();  // the count is there",
+        "// the count is there",
+    ),
+    "attend: counters not cleared": (
+        run_attend_cut,
+        "cuda/attend.cu",
+        "clear(p.arrived, plan.arrived_bytes, stream);",
+        ";",
+    ),
+    "attend: merged by all but the last": (run_attend_cut, SM80, "work.arrived + 1 <", "work.arrived + 1 >="),
+    "attend: two parts in one place": (
+        run_attend_cut,
+        SM80,
+        "partials[(part * kAttendPartial",
+        "partials[(part / 2 * kAttendPartial",
+    ),
+    "attend: first part not merged": (run_attend_cut, SM80, "int part = 0; part <", "int part = 1; part <"),
+    "attend: parts weighed alike": (
+        run_attend_cut,
+        SM80,
+        "add[half] = softmax[m][half].weight(maximum, p.scale);",
+        "add[half] = 1.0f;",
+    ),
 }
 
 
@@ -162,7 +206,7 @@ def agrees(run: Callable[[], list[Tensor]], *edits: emulated.Edit) -> bool:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("run", [run_insert, run_retrieve, run_attend, run_pack])
+@pytest.mark.parametrize("run", [run_insert, run_retrieve, run_attend, run_attend_cut, run_pack])
 def test_right_without_a_fault(run: Callable[[], list[Tensor]], order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIMT_ORDER", order)
     assert agrees(run)

@@ -1,8 +1,9 @@
-"""The work partition of attend on Hopper (csrc/core/schedule.h): every step once, evenly, merged in one order."""
+"""The work partition of attend (csrc/core/schedule.h): every step once, evenly, merged in one order."""
 
 from __future__ import annotations
 
 import ctypes
+import heapq
 import os
 import shlex
 import shutil
@@ -26,6 +27,7 @@ DRIVER = r"""
 using namespace longlive;
 extern "C" {
 Schedule make(int tiles, int steps, int blocks) { return make_schedule(tiles, steps, blocks); }
+Schedule make_of_parts(int tiles, int steps, int blocks) { return make_schedule_of_parts(tiles, steps, blocks); }
 int units(Schedule schedule) { return unit_count(schedule); }
 int partials(Schedule schedule) { return partial_count(schedule); }
 Piece piece(Schedule schedule, int unit, int index) { return piece_at(schedule, unit, index); }
@@ -61,6 +63,7 @@ def header(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     assert result.returncode == 0, result.stderr
     library = ctypes.CDLL(f"{folder}/driver.so")
     library.make.restype, library.make.argtypes = Schedule, [ctypes.c_int, ctypes.c_int, ctypes.c_int]
+    library.make_of_parts.restype, library.make_of_parts.argtypes = library.make.restype, library.make.argtypes
     library.partials.argtypes = library.units.argtypes = [Schedule]
     library.piece.restype, library.piece.argtypes = Piece, [Schedule, ctypes.c_int, ctypes.c_int]
     return library
@@ -229,3 +232,60 @@ def test_simulated_execution(header, tiles, steps, multiprocessors, seed):
 def test_key_tile(header, tokens, tile, useful):
     assert header.key_tile(tokens) == tile
     assert tokens / (-(-tokens // tile) * tile) >= useful
+
+
+@given(
+    tiles=st.integers(1, 2000), steps=st.lists(st.integers(0, 2200), min_size=2, max_size=2), blocks=st.integers(1, 300)
+)
+def test_parts(header, tiles, steps, blocks):
+    """Where a block takes one unit: one piece of one tile each, every step once, and room for the largest table."""
+    schedule, larger = (header.make_of_parts(tiles, some, blocks) for some in sorted(steps))
+    assert larger.cut >= schedule.cut and larger.sharers >= schedule.sharers
+    covered, parts = defaultdict(list), defaultdict(list)
+    for unit in range(header.units(schedule)):
+        piece = header.piece(schedule, unit, 0)
+        assert header.piece(schedule, unit, 1).tile == -1
+        first, last = (header.step(at, piece.of, min(steps)) for at in (piece.begin, piece.end))
+        assert (piece.parts > 1) == (piece.tile < schedule.cut)
+        if piece.parts > 1:
+            parts[piece.tile].append(piece.part)
+            assert piece.parts == schedule.sharers // schedule.cut
+            assert last - first >= 4, "not too short to fill a pipeline"
+        covered[piece.tile] += range(first, last)
+    assert covered == {tile: list(range(min(steps))) for tile in range(tiles)}
+    assert all(order == list(range(schedule.sharers // schedule.cut)) for order in parts.values())
+
+
+def time_of_parts(header: ctypes.CDLL, tiles: int, steps: int, blocks: int) -> float:
+    """In whole tiles, blocks taking units as they get free. A part costs two steps more, merging a step for each."""
+    schedule = header.make_of_parts(tiles, steps, blocks)
+    free = [0.0] * blocks
+    for unit in range(header.units(schedule)):
+        piece = header.piece(schedule, unit, 0)
+        own = header.step(piece.end, piece.of, steps) - header.step(piece.begin, piece.of, steps)
+        extra = 2 if piece.parts > 1 else 0
+        merge = piece.parts if 0 < piece.part == piece.parts - 1 else 0
+        heapq.heapreplace(free, free[0] + own + extra + merge)
+    return max(free) / steps
+
+
+@given(tiles=st.integers(1, 700), steps=st.integers(1, 700), blocks=st.integers(1, 300))
+def test_parts_never_take_longer_than_whole_tiles(header, tiles, steps, blocks):
+    assert time_of_parts(header, tiles, steps, blocks) <= -(-tiles // blocks)
+
+
+@pytest.mark.parametrize(
+    "device, tile, heads, tokens, gain",
+    [
+        ("A100", 64, 12, 1560, 0.28),
+        ("RTX 4090", 32, 12, 1560, 0.1),
+        ("A100", 64, 40, 1560, 0),
+        ("A100", 64, 12, 3600, 0.03),
+    ],
+)
+def test_gain_of_parts(header, device, tile, heads, tokens, gain):
+    """What docs/kernels.md says of three frames and twelve pages."""
+    blocks = 2 * {"A100": 108, "RTX 4090": 128}[device]
+    tiles = -(-3 * tokens // QUERY_TILE) * heads
+    time = time_of_parts(header, tiles, 12 * -(-tokens // tile), blocks)
+    assert time <= (1 - gain) * -(-tiles // blocks)

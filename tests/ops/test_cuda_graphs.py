@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import threading
 from collections.abc import Iterator
 
@@ -39,6 +40,41 @@ def without_synchronisation() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def capture_without_warm_up(operation: str) -> None:
+    """In a new process: the kernel is loaded within the capture."""
+    torch.manual_seed(0)
+    pages = torch.randn(2, 4, 2, 30, 64, device=CUDA).half()
+    frames = torch.randn(3, 1, 1, 30, 2, 64, device=CUDA).half()
+    table, positions = (torch.arange(4, dtype=torch.int32, device=CUDA)[None] for _ in range(2))
+    rotation = torch.randn(30, 6, 2, device=CUDA)
+    keys = torch.randn(1, 200, 64, device=CUDA)
+    inverse_norms = torch.ones(1, 200, device=CUDA)
+    frequencies = rotary.temporal_frequencies(64, CUDA)
+
+    def call() -> Tensor:
+        if operation == "insert":
+            q, k, v = frames
+            ops.insert(k, v, None, rotation, pages[0], pages[1], table[:, :1], q=q)
+            return pages.clone()
+        if operation == "retrieve":
+            return ops.retrieve(keys[:, 5], keys, inverse_norms, 0, 200, 6)[0]
+        return ops.attend(frames[0, :, 0], pages[0], pages[1], table, positions, positions[:, :1], frequencies)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    graph.replay()
+    assert torch.equal(out, call())
+
+
+@pytest.mark.parametrize("operation", ["insert", "retrieve", "attend"])
+def test_the_first_call_of_a_process_may_be_captured(operation: str) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=capture_without_warm_up, args=(operation,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_retrieval_reaches_attention_on_the_device() -> None:
@@ -121,14 +157,17 @@ def test_a_block_is_captured_once_and_replayed_for_the_next() -> None:
     assert torch.equal(video(replay=True), video(replay=False))
 
 
+def two_videos() -> RetrievalMemory:
+    return RetrievalMemory(
+        RetrievalConfig(), batch=2, layers=1, heads=2, head_dim=64, grid=(2, 3), device=CUDA, dtype=torch.bfloat16,
+        embedding=AveragePool(), budget=Budget(device=60 * 2 * 2 * 2 * 6 * 64 * 2),
+    )  # fmt: skip
+
+
 @torch.no_grad()
 def test_a_block_begins_without_waiting_for_the_device() -> None:
     """Laying out a block, searching the memory and committing never synchronise with the host."""
-    config = RetrievalConfig()
-    memory = RetrievalMemory(
-        config, batch=2, layers=1, heads=2, head_dim=64, grid=(2, 3), device=CUDA, dtype=torch.bfloat16,
-        embedding=AveragePool(), budget=Budget(device=60 * 2 * 2 * 2 * 6 * 64 * 2),
-    )  # fmt: skip
+    memory = two_videos()
     q = torch.randn(2, 3, 6, 2, 64, device=CUDA).bfloat16()
     latents = torch.randn(2, 3, 16, 4, 6, device=CUDA)
     for start in range(0, 36, 3):
@@ -137,6 +176,22 @@ def test_a_block_begins_without_waiting_for_the_device() -> None:
             memory.attend(0, q, q, q)
             memory.commit(latents)
     assert memory.retrieved[-1].frames
+
+
+@torch.no_grad()
+def test_a_block_begins_while_the_device_is_busy() -> None:
+    """torch does not report a copy from pageable memory, for which the driver may wait."""
+    memory = two_videos()
+    latents = torch.randn(2, 3, 16, 4, 6, device=CUDA)
+    for start in range(0, 36, 3):
+        memory.begin_block(start, 3)
+        memory.commit(latents)
+    torch.cuda._sleep(2 * 10**9)  # cycles: a second
+    busy = torch.cuda.Event()
+    busy.record()
+    memory.begin_block(36, 3)
+    assert not busy.query()
+    torch.cuda.synchronize()
 
 
 @torch.no_grad()

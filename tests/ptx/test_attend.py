@@ -23,6 +23,7 @@ from ops.test_attend import (  # noqa: F401
 )
 from ptx import execute
 from support import emulated
+from support.attend_cases import exact
 
 SOURCE = "cuda/attend.cu"
 CPU = torch.device("cpu")
@@ -38,6 +39,21 @@ def test_every_entry(monkeypatch: pytest.MonkeyPatch) -> None:
                 for head_dim in (64, 128):
                     check(make_case(CPU, dtype, frames=2, tokens=75, head_dim=head_dim, entries=2))
     assert names == set(execute.kernels(SOURCE))
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "late0"])
+def test_cut_tiles(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wave and a remainder, each tile of which is cut; parts that begin within a page; samples with unlike numbers of
+    pages, one of them without any."""
+    monkeypatch.setenv("SIMT_ORDER", order)
+    with emulated.backend(execute.build(SOURCE)):
+        check(make_case(CPU, torch.bfloat16, tokens=64, heads=10, entries=12))
+        check(make_case(CPU, torch.float16, tokens=75, head_dim=128, entries=7))
+        case = make_case(CPU, torch.float16, batch=3, tokens=75, entries=7)
+        case.slots[1] = -1
+        case.slots[2, case.slots[2].argmax()] = -1
+        out, (expected, _) = ops.attend(*case), exact(case)
+        assert (out[1] == 0).all() and (out.double() - expected).norm() < 2e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", HALF)

@@ -60,6 +60,11 @@ def check_attend(module: ModuleType) -> None:
         test_attend.check(test_attend.make_case(CPU, torch.float16, frames=2, tokens=75, entries=3))
 
 
+def check_attend_cut(module: ModuleType) -> None:
+    with emulated.backend(module):
+        test_attend.check(test_attend.make_case(CPU, torch.float16, tokens=75, entries=7))
+
+
 def check_pack(module: ModuleType) -> None:
     """Of pack alone; bit for bit what the reference gives."""
     torch.manual_seed(0)
@@ -81,6 +86,7 @@ def check_attend_sm90(module: ModuleType) -> None:
 INSERT = Kernel("cuda/insert.cu", "insert_kernelI6__halfLi1E", check_insert)
 RETRIEVE = Kernel("cuda/retrieve.cu", "retrieve_kernelIfLi1E", check_retrieve)
 ATTEND = Kernel("cuda/attend.cu", "attend_kernelI6__halfLi64ELi64E", check_attend)
+ATTEND_CUT = ATTEND._replace(check=check_attend_cut)
 PACK = Kernel("cuda/pack.cu", "11pack_kernelIfLi8E", check_pack)
 HOPPER = Kernel("cuda/attend_sm90.cu", "attend_sm90_kernelI6__halfLi64ELi112E", check_attend_sm90)
 
@@ -110,12 +116,14 @@ FAULTS: dict[str, tuple[Kernel, str, str] | tuple[Kernel, str, str, int]] = {
     "attend: no zero fill past the frame": (ATTEND, r"(cp\.async\.cg\S+\s+\S+ \S+ 16), %\w+;", r"\1, 16;"),
     "attend: zero fill of all": (ATTEND, r"(cp\.async\.cg\S+\s+\S+ \S+ 16), %\w+;", r"\1, 0;", 9),
     "attend: half of the row copied": (ATTEND, r"(cp\.async\.cg\S+\s+\S+ \S+ 16), %\w+;", r"\1, 8;", 9),
-    "attend: no bar.sync before V is read": (ATTEND, r"bar\.sync\s+0;", "", 1),
+    "attend: no bar.sync before V is read": (ATTEND, r"bar\.sync\s+0;", "", 2),
     "attend: no bar.warp.sync for the query": (ATTEND, r"bar\.warp\.sync\s+-1;", "", 0),
     "attend: no bar.warp.sync for the output": (ATTEND, r"bar\.warp\.sync\s+-1;", "", 1),
     "attend: halves packed in the wrong order": (
         ATTEND, r"(cvt\.rn\.f16x2\.f32\s+%\w+), (%\w+), (%\w+);", r"\1, \3, \2;"
     ),
+    "attend: parts counted twice": (ATTEND_CUT, r"(atom\.global\.add\.u32\s+%\w+, \[%\w+\]), 1;", r"\1, 2;"),
+    "attend: no bar.sync before the count of parts is read": (ATTEND_CUT, r"bar\.sync\s+0;", "", -1),
     "pack: bytes of a code swapped with another's": (PACK, r"(mov\.u32\s+%\w+), 1040;", r"\1, 1056;", 0),
     "pack: shfl of the wrong lanes": (PACK, SHUFFLE % "bfly", r"\g<1>16, \3, \4;", 0),
     "pack: codes rounded towards zero": (PACK, r"cvt\.rni\.s32\.f32", "cvt.rzi.s32.f32", 0),
@@ -185,6 +193,8 @@ FAULTS: dict[str, tuple[Kernel, str, str] | tuple[Kernel, str, str, int]] = {
 NOT_CAUGHT: dict[str, tuple[Kernel, str, str] | tuple[Kernel, str, str, int]] = {
     # Threads run one at a time and see each other's stores at once; blocks run one after the other.
     "retrieve: no membar": (RETRIEVE, r"membar\.gl;", ""),
+    "attend: no membar": (ATTEND_CUT, r"membar\.gl;", ""),
+    "attend: no bar.sync before parts are counted": (ATTEND_CUT, r"bar\.sync\s+0;", "", -2),
     "hopper: no membar": (HOPPER, r"membar\.gl;", ""),
     # What only costs time.
     "hopper: no prefetch.tensormap": (HOPPER, r"prefetch\.tensormap \[%\w+\];", ""),
@@ -231,7 +241,7 @@ def is_caught(kernel: Kernel, module: ModuleType, monkeypatch: pytest.MonkeyPatc
     return False
 
 
-@pytest.mark.parametrize("kernel", [INSERT, RETRIEVE, ATTEND, PACK, HOPPER], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("kernel", [INSERT, RETRIEVE, ATTEND, ATTEND_CUT, PACK, HOPPER])
 def test_right_without_a_fault(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     module = execute.build(kernel.source)
     assert not is_caught(kernel, module, monkeypatch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, float32
@@ -96,18 +97,8 @@ def _normalise_and_rotate(x: Tensor, weight: Tensor | None, rotation: Tensor, ep
     return torch.cat([wide[..., :unrotated], rotated], dim=-1).to(x.dtype)
 
 
-def _reference(
-    k: Tensor,
-    v: Tensor,
-    k_weight: Tensor | None,
-    rotation: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    slots: Tensor,
-    eps: float,
-    q: Tensor | None,
-    q_weight: Tensor | None,
-) -> Tensor:
+def _reference(*arguments: Any) -> Tensor:
+    k, v, k_weight, rotation, k_pages, v_pages, slots, eps, q, q_weight = arguments
     written = slots >= 0
     pages = slots[written].long()
     k_pages[pages] = _normalise_and_rotate(k, k_weight, rotation, eps).transpose(2, 3)[written]
@@ -120,32 +111,21 @@ def _output(k: Tensor, q: Tensor | None) -> Tensor:
     return k.new_empty(0) if q is None else k.new_empty(batch, frames * tokens, heads, head_dim)
 
 
-def _fake(k: Tensor, v: Tensor, *context: object) -> Tensor:
-    return _output(k, context[-2])  # type: ignore[arg-type]
+def _fake(*arguments: Any) -> Tensor:
+    k, *_, q, _ = arguments
+    return _output(k, q)
 
 
-def _takes(
-    k: Tensor, v: Tensor, k_weight: object, rotation: object, k_pages: Tensor, v_pages: Tensor, *_: object
-) -> bool:
+def _takes(*arguments: Any) -> bool:
     """What csrc/cuda/insert.cuh handles."""
+    k, _, _, _, k_pages, v_pages, *_ = arguments
     heads, head_dim = k.shape[3:]
     aligned = k_pages.data_ptr() % 16 == 0 and v_pages.data_ptr() % 16 == 0
     return k.dtype in _cuda.DTYPE_CODES and head_dim % 8 == 0 and heads * head_dim <= MAX_WIDTH and aligned
 
 
-def _kernel(
-    extension: ModuleType,
-    k: Tensor,
-    v: Tensor,
-    k_weight: Tensor | None,
-    rotation: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    slots: Tensor,
-    eps: float,
-    q: Tensor | None,
-    q_weight: Tensor | None,
-) -> Tensor:
+def _kernel(extension: ModuleType, *arguments: Any) -> Tensor:
+    k, v, k_weight, rotation, k_pages, v_pages, slots, eps, q, q_weight = arguments
     out = _output(k, q)
     k, v, q = _cuda.aligned(k, 3), _cuda.aligned(v, 3), None if q is None else _cuda.aligned(q, 3)
     k_weight = None if k_weight is None else k_weight.contiguous()
