@@ -62,7 +62,8 @@ def content(path: str) -> str:
     text = whole.read_text(encoding="utf-8")
     if whole.suffix == ".md":
         return text
-    return f"# {whole.name}\n\n`{path}`\n\n```{LANGUAGES[whole.suffix]}\n{text.rstrip()}\n```\n"
+    wide = "---\nhide: [navigation, toc]\n---\n\n"
+    return f"{wide}# {whole.name}\n\n`{path}`\n\n```{LANGUAGES[whole.suffix]}\n{text.rstrip()}\n```\n"
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
@@ -122,15 +123,18 @@ def names_of(name: str) -> str:
     module = "longlive_rag" if name == "longlive_rag" else f"longlive_rag.{name}"
     path = ROOT / "python" / module.replace(".", "/")
     tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8"))
-    names = [
-        node.name
-        for node in tree.body
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_")
-    ]
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            names = [name for name in ast.literal_eval(node.value) if not name.startswith("_")]
-    return f"# {module}\n\n{ast.get_docstring(tree)}\n\n" + "\n\n".join(f"::: {module}.{name}" for name in names)
+    names, whence = [], {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):  # where a name is defined: `ops.attend` is a module too
+            whence |= {alias.name: str(node.module) for alias in node.names}
+    for statement in tree.body:
+        if isinstance(statement, ast.ClassDef | ast.FunctionDef):
+            names.append(statement.name)
+        elif isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__all__":
+            names = ast.literal_eval(statement.value)
+            break
+    public = [f"::: {whence.get(name, module)}.{name}" for name in names if not name.startswith("_")]
+    return f"# {module}\n\n{ast.get_docstring(tree)}\n\n" + "\n\n".join(public)
 
 
 def commands() -> str:
