@@ -107,7 +107,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
             moving = posixpath.splitext(uri)[0] + ".mp4"
             label = html.escape(begin[2:-2])
             return f'<video controls muted loop playsinline poster="{uri}" src="{moving}" aria-label="{label}"></video>'
-        if begin[1:-2] == target and goal.endswith(".md"):  # a path means something in the repository; here, a title does
+        if begin[1:-2] == target and goal.endswith(".md"):  # a path says something in the repository, a title here
             begin = f"[{title(goal)}]("
         return f"{begin}{uri}{hash_sign}{anchor}{end}"
 
