@@ -123,7 +123,8 @@ def names_of(name: str) -> str:
     module = "longlive_rag" if name == "longlive_rag" else f"longlive_rag.{name}"
     path = ROOT / "python" / module.replace(".", "/")
     tree = ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8"))
-    names, whence = [], {}
+    names: list[str] = []
+    whence: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):  # where a name is defined: `ops.attend` is a module too
             whence |= {alias.name: str(node.module) for alias in node.names}
