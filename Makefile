@@ -3,14 +3,18 @@
 # make test    set everything up and run the tests
 # make test-anywhere    run the numerical tests again, with the plainest kernels that PyTorch has for this CPU
 # make lint    formatting, lint, types and spelling
+# make docs    the documentation as a site, build/site/index.html
 # make wheel   a wheel in dist/, with the CUDA kernels if nvcc is found (LONGLIVE_RAG_CUDA=ON: or fail)
+# make wheels  the source distribution and a wheel for each of PYTHONS, tried in clean environments
 #
 # PYTHON: the interpreter to set up with, 3.10 to 3.13.     TORCH: what to install as torch, as for pip.
 # VENV: where the virtual environment goes.                 PYTEST_ARGS: more arguments for pytest.
+# PYTHONS: versions to make wheels for; on PATH or in pyenv.
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
+PYTHONS ?= 3.10 3.11 3.12 3.13
 PYTEST_ARGS ?=
 
 # Newer ones need torch.accelerator, which torch 2.6 brought.
@@ -21,7 +25,7 @@ NATIVE_SOURCES := CMakeLists.txt $(shell find csrc -type f)
 CXX_SOURCES := $(filter %.h %.cuh %.cpp %.cu,$(shell find csrc tests -type f))
 NUMERICAL_TESTS := $(addprefix tests/,backbones embedding engine generation golden models ops)
 
-.PHONY: demo serve test test-anywhere lint wheel clean
+.PHONY: demo serve test test-anywhere lint docs wheel wheels clean
 
 demo: $(VENV)/installed
 	$(BIN)/longlive-rag demo --output demo_output
@@ -47,8 +51,15 @@ lint: $(VENV)/installed
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 	$(BIN)/typos
 
+# Strict: a link or an anchor that leads nowhere fails. The variable silences an advertisement of the theme's.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 wheel: $(BIN)/python
 	$(PIP) wheel --no-deps --wheel-dir dist .
+
+wheels:
+	TORCH="$(TORCH)" .ci/wheels $(PYTHONS)
 
 clean:
 	rm -rf $(VENV) build dist demo_output serve_output

@@ -249,7 +249,8 @@ def sources_digest() -> str:
     folders = ("csrc", "python", "tests", "benchmarks")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
     kinds = {".py", ".cpp", ".cu", ".cuh", ".h", ".sh"}
-    for path in sorted([ROOT / "CMakeLists.txt", ROOT / "pyproject.toml", *(f for f in files if f.suffix in kinds)]):
+    builds = [ROOT / "CMakeLists.txt", ROOT / "csrc" / "cuda" / "CMakeLists.txt", ROOT / "pyproject.toml"]
+    for path in sorted([*builds, *(f for f in files if f.suffix in kinds)]):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
 

@@ -302,6 +302,11 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
     assert [shown(path) for path in (ROOT / "docs").rglob("*.md") if path not in reached] == []
 
 
+def test_every_page_is_in_the_contents_of_the_site() -> None:
+    nav = re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert sorted(path.name for path in (ROOT / "docs").glob("*.md") if path.name not in nav) == []
+
+
 @pytest.mark.parametrize("folder", ["golden", "backbones/traces", "generation/traces"])
 def test_every_trace_says_how_it_was_recorded(folder: str) -> None:
     text = (ROOT / "tests" / folder / "README.md").read_text(encoding="utf-8")

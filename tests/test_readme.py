@@ -25,7 +25,10 @@ from longlive_rag.backbones import Patched
 from support.causal_doubles import ATTENTIONS, Pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").rglob("*.md"))]
+PAGES = [
+    path for folder in ("*", "docs/*", "examples/**/*", "benchmarks/*") for path in sorted(ROOT.glob(f"{folder}.md"))
+]
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 SIZES = {
     "dim": 32, "ffn_dim": 32, "freq_dim": 16, "text_dim": 8, "text_len": 4, "num_heads": 2, "num_layers": 2
 }  # fmt: skip
@@ -181,6 +184,29 @@ def test_a_command_line_parses(place: str, monkeypatch: pytest.MonkeyPatch, caps
         assert cli.main([name, *arguments]) == 0, capsys.readouterr().err
 
 
+def shell_lines(page: Path) -> Iterator[str]:
+    """Lines of indented and fenced code, but for Python."""
+    text = re.sub(r"```python.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for fence in re.findall(r"```.*?\n(.*?)```", text, flags=re.DOTALL):
+        yield from fence.splitlines()
+    yield from re.findall(r"^ {4,}(.*)$", text, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_is_made_or_run_is_there(page: Path) -> None:
+    """Targets of make with their variables, scripts of the repository."""
+    targets = set(re.findall(r"^([\w-]+):", MAKEFILE, flags=re.MULTILINE))
+    variables = {*re.findall(r"^(\w+) \?=", MAKEFILE, flags=re.MULTILINE), "LONGLIVE_RAG_CUDA"}
+    missing = []
+    for line in shell_lines(page):
+        words = shlex.split(line, comments=True) if line.startswith("make ") else []
+        names = [word.partition("=") for word in words[1:]]
+        missing += [name for name, equals, _ in names if name not in (variables if equals else targets)]
+        scripts = re.findall(r"(?<![\w/.~-])((?:examples|benchmarks|tests|\.ci)/[\w./-]+\.(?:py|sh)|\.ci/\w+)", line)
+        missing += [script for script in scripts if not (ROOT / script).is_file()]
+    assert missing == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_an_option_that_is_mentioned_exists(page: Path) -> None:
     spans = re.findall(r"`(--[a-z][^`]*)`", page.read_text(encoding="utf-8"))
@@ -188,7 +214,7 @@ def test_an_option_that_is_mentioned_exists(page: Path) -> None:
     others = {"--nnodes", "--kernel-regex"}  # of torchrun and compute-sanitizer
     scripts = {
         name
-        for script in ROOT.glob("examples/**/*.py")
+        for script in [*ROOT.glob("examples/**/*.py"), *ROOT.glob("benchmarks/*.py")]
         for name in re.findall(r'add_argument\(\s*"(--[\w-]+)"', script.read_text(encoding="utf-8"))
     }
     assert mentioned - others - scripts <= options().union(*map(options, cli.COMMANDS))

@@ -14,7 +14,7 @@ import pytest
 
 from support import emulated
 
-CMAKE = (emulated.CSRC.parent / "CMakeLists.txt").read_text()
+CMAKE = (emulated.CSRC / "cuda" / "CMakeLists.txt").read_text()
 CACHE = emulated.CSRC.parent / "build" / "compiled"
 # Instructions in every instance of a kernel, by file; the 16-byte accesses and the tensor core products.
 INSTRUCTIONS = {
@@ -27,7 +27,7 @@ INSTRUCTIONS_SM90 = ["HGMMA", "UTMALDG.5D", "SYNCS", "MUFU.EX2", "USETMAXREG"]
 
 
 def architectures() -> list[str]:
-    """Those that CMakeLists.txt compiles machine code for, with the newest toolkit."""
+    """Those that csrc/cuda/CMakeLists.txt compiles machine code for, with the newest toolkit."""
     lists = re.findall(r"set\(CMAKE_CUDA_ARCHITECTURES ([\w -]+)\)", CMAKE)
     return [name for name in max(lists, key=len).replace("-real", "").split() if not name.endswith("-virtual")]
 

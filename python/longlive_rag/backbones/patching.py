@@ -135,7 +135,7 @@ class Patched:
 
     @property
     def retrieved(self) -> list[Retrieval]:
-        """What each block of the last video got from memory: `.block_start`, `.frames` [B][k], `.similarity` [B][k]."""
+        """What each block of the last video got from memory: `.block_start`, `.frames` and `.similarity`, by sample."""
         return self._journal.retrieved
 
     @property
