@@ -18,6 +18,7 @@ from longlive_rag import RetrievalConfig, rollout, stream
 from longlive_rag.budget import Budget
 from longlive_rag.generation.sampling import Sampling
 from longlive_rag.models import CausalWanModel
+from longlive_rag.parallel.costs import Pass
 from longlive_rag.parallel.shards import Shards
 from longlive_rag.selection import RandomSelection
 from longlive_rag.small_world import backbone
@@ -136,7 +137,8 @@ def traffic(group: Any) -> tuple[int, int, int]:
     q, k, v = torch.randn(3, 2, 2, own, 12, 16)
     q, k, v = shards.to_heads(q, k, v, None, None, 1e-6, tokens=10)
     shards.to_tokens(q.reshape(2, 20, shards.heads, 16), frames=2)
-    return shards.traffic.bytes, shards.traffic.exchanges, shards.layer_bytes(2, 2, 10, 16, itemsize=4)
+    formula = Pass(2, 2, 10, 12, 16, 4, shards.ranks, shards.rank).layer_bytes
+    return shards.traffic.bytes, shards.traffic.exchanges, formula
 
 
 def held(ranks: int, group: object = None) -> list[tuple[int, int]]:
