@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
+from torch.torch_version import TorchVersion as Version
 
 from longlive_rag.cli import main
 from longlive_rag.generation.journal import Journal
@@ -199,6 +200,8 @@ def test_the_command_makes_one_video_on_two_ranks(tmp_path: Path) -> None:
     prompts = ["--prompt", "a cat", "--prompt-at", "3s", "the guitar"]
     arguments = ["generate", "--backbone", "self-forcing", *map(str, files), *length, *policy, *prompts]
     together = [*arguments, "--output", str(tmp_path / "videos"), "--sequence-parallel", "2"]
+    if Version(torch.__version__) >= Version("2.6"):  # before, FSDP2 works on GPUs only
+        together.append("--shard-weights")
     (status, said, _), (other_status, other_said, _) = run_ranks(2, commanded, 2, free_port(), together)
     assert status == other_status == 0
     assert "on 2 ranks, the first cpu" in said and "in all on each rank" in said and "Written" in said
@@ -213,6 +216,22 @@ def test_the_command_makes_one_video_on_two_ranks(tmp_path: Path) -> None:
     frames = [[entry["frames"] for entry in log.pop("retrieved")] for log in logs]
     assert frames[0] == frames[1] != []
     assert logs[0] == logs[1]
+
+
+def test_weights_are_split_over_several_processes_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "generate",
+        "--backbone",
+        "wan",
+        "--wan-dir",
+        str(tmp_path),
+        "--output",
+        str(tmp_path),
+        "--prompt",
+        "a cat",
+    ]
+    assert main([*words, "--shard-weights"]) == 2
+    assert "shard_weights needs several processes for a video: give sequence_parallel too" in capsys.readouterr().err
 
 
 def test_teams_share_the_videos(tmp_path: Path) -> None:
