@@ -105,6 +105,7 @@ def on_rank(rank: int, root: Path) -> tuple[list[str], int, Tensor | None]:
     dist.barrier()
     make(root / "stopped", team)
     make(root / "fewer ranks", team, passes=10)
+    make(root / "more ranks", team)
     make(root / "small machine", team, room=(5, 2))
     for folder in ("larger machine", "larger machine, fewer ranks"):
         make(root / folder, team, passes=13, room=(5, 2))
@@ -115,6 +116,7 @@ def on_rank(rank: int, root: Path) -> tuple[list[str], int, Tensor | None]:
 
 
 def test_the_first_rank_writes_and_stopped_videos_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "more ranks", None, passes=10)
     said = run_ranks(2, on_rank, tmp_path)
     assert [writes for writes, _, _ in said] == [[], []]
     assert 2 < said[0][1] < 5, "stopped between what was given and the prompt's change"
@@ -135,7 +137,8 @@ def test_the_first_rank_writes_and_stopped_videos_go_on(tmp_path: Path, capsys: 
     assert kept == {name: now[name] for name in kept}, "another number of ranks: what is finished stays"
     assert "What is added may differ in its last bits: device '2 x cpu', now 'cpu'" in capsys.readouterr().out
     make(folder, None)
-    assert set(contents(folder)) == {"cat.mp4", "cat.json", "cat.png"}
+    assert set(contents(folder)) == set(contents(tmp_path / "more ranks")) == {"cat.mp4", "cat.json", "cat.png"}
+    assert retrieved(tmp_path / "more ranks" / "cat.json") == retrieved(tmp_path / "whole" / "cat.json")
     assert CONFIG.block_frames == 1
 
     small = contents(tmp_path / "small machine")
