@@ -54,7 +54,7 @@ def test_a_layer_on_several_ranks(
     assert cli.main(["bench", "parallel", "--json", str(results)]) == 0
     (row,) = json.loads(results.read_text())["rows"]
     # 3 frames of 10 tokens with 12 heads of 128 numbers in float32: 4 * 3 * 10 * 12 * 128 * 4 * (2 - 1) / 2**2
-    assert row["case"].endswith("gloo, 184.32 KB sent")
+    assert row["case"].endswith("gloo, 184.32 KB sent, 184.32 KB by formula")
     assert set(row["peers"]) == {"one rank", "exchange", "attention", "its attention"}
     assert all(seconds > 0 for seconds in row["peers"].values())
 

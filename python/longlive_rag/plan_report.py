@@ -13,11 +13,13 @@ from longlive_rag.budget import format_bytes
 from longlive_rag.planning import Outlook, Plan
 
 _NAMES = {"device": "GPU", "host": "host memory", "disk": "disk", "latents": "fits nowhere"}
+_LINKS = (("PCIe", 25e9), ("NVLink", 300e9))
+"""Between GPUs, each way, as docs/several_gpus.md reckons."""
 _COLOURS = {"device": "#1b6ca8", "host": "#58a4b0", "disk": "#d8a657", "latents": "#c9c9c9"}
 
 
 def as_json(outlook: Outlook) -> dict[str, Any]:
-    """One plan; sizes in bytes."""
+    """One plan; sizes in bytes, on each rank."""
     plan = outlook.plan()
     return {
         "frame_bytes": outlook.video.page_bytes,
@@ -30,6 +32,9 @@ def as_json(outlook: Outlook) -> dict[str, Any]:
         "device_bytes": outlook.device_bytes,
         "block_seconds": outlook.block_seconds,
         "transfer_seconds": outlook.transfer_seconds(plan),
+        "ranks": outlook.video.ranks,
+        "sent_bytes_per_block": outlook.video.sent_bytes_per_block,
+        "sent_weight_bytes_per_block": outlook.video.sent_weight_bytes_per_block,
     }
 
 
@@ -37,10 +42,11 @@ def description(outlook: Outlook) -> str:
     """One plan in full."""
     video, plan = outlook.video, outlook.plan()
     settings, lost = video.settings, plan.tiers["latents"]
+    gpus = "Each GPU" if video.ranks > 1 else "A GPU"
     lines = [
         f"{video.model}, {settings.seconds:g} s at {settings.height} x {settings.width}: {video.latent_frames} latent "
-        f"frames, {format_bytes(video.page_bytes)} of keys and values each.",
-        f"A GPU of {format_bytes(outlook.gpu)}: weights {format_bytes(video.weight_bytes)}, a block's working memory "
+        f"frames, {format_bytes(video.page_bytes)} of keys and values each{_on_each(video.ranks)}.",
+        f"{gpus} of {format_bytes(outlook.gpu)}: weights {format_bytes(video.weight_bytes)}, a block's working memory "
         f"about {format_bytes(video.working_bytes)} (estimated), left for keys and values "
         f"{format_bytes(outlook.device_bytes)}.",
         "",
@@ -59,14 +65,19 @@ def description(outlook: Outlook) -> str:
     lines.append(_moves(outlook, plan))
     if plan.tiers["disk"].frames:
         lines.append("Frames that come back from disk are waited for: up to as many bytes a block as come back.")
+    if video.ranks > 1:
+        lines.append(f"In each block a GPU sends the others {_sent(video.sent_bytes_per_block)}.")
+        if video.shard_weights:
+            lines.append(f"Of its share of the weights, it sends them {_sent(video.sent_weight_bytes_per_block)}.")
+        lines.append("All of this is the first GPU's, which decodes too; each has such a part of host memory and disk.")
     return "\n".join(lines)
 
 
 def comparison(outlooks: Sequence[Outlook]) -> str:
     """Several plans as a Markdown table."""
-    settings = outlooks[0].video.settings
+    settings, ranks = outlooks[0].video.settings, outlooks[0].video.ranks
     lines = [
-        f"{settings.seconds:g} s of video; in latent frames, and the memory that they take.",
+        f"{settings.seconds:g} s of video; in latent frames, and the memory that they take{_on_each(ranks)}.",
         "",
         "| model | GPU | on the GPU | in host memory | on disk | nowhere | moved a block | hidden |",
         "|---|---|---|---|---|---|---|---|",
@@ -109,7 +120,7 @@ def draw(outlook: Outlook, path: Path) -> None:
         ylim=(0, video.latent_frames),
         xlabel="seconds of video",
         ylabel="latent frames",
-        title=f"{video.model} on a GPU of {format_bytes(outlook.gpu)}: where keys and values lie",
+        title=f"{video.model} on {_gpus(outlook)} of {format_bytes(outlook.gpu)}: where keys and values lie",
     )
     beside = axes.twinx()
     beside.set(ylim=(0, video.latent_frames * video.page_bytes / 1e9), ylabel="GB, unpacked")
@@ -129,6 +140,19 @@ def draw(outlook: Outlook, path: Path) -> None:
             )
         below = below + shares[name]
     figures.save(drawn, path)
+
+
+def _gpus(outlook: Outlook) -> str:
+    return f"each of {outlook.video.ranks} GPUs" if outlook.video.ranks > 1 else "a GPU"
+
+
+def _sent(size: int) -> str:
+    over = (f"{1000 * size / speed:.0f} ms over {name} of {format_bytes(speed)} a second" for name, speed in _LINKS)
+    return f"{format_bytes(size)}: on paper {' or '.join(over)}"
+
+
+def _on_each(ranks: int) -> str:
+    return f", on each of {ranks} GPUs" if ranks > 1 else ""
 
 
 def _is_hidden(outlook: Outlook, plan: Plan) -> bool:

@@ -5,15 +5,18 @@ Sizes come from the tiers themselves (`longlive_rag.tiers`), so a plan changes w
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
+from torch import nn
 
 from longlive_rag.budget import Budget, format_bytes
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.generation.settings import VideoSettings
 from longlive_rag.models import CausalWanModel
+from longlive_rag.parallel.costs import Pass, check_ranks
 from longlive_rag.tiers.below import PASSING, STAGED
 from longlive_rag.tiers.device import unforeseen_bytes
 from longlive_rag.tiers.disk import records_at_once
@@ -49,6 +52,15 @@ _WAN21 = Family(8, 4, 16, 126_892_531, 480, 832, 16.0)
 FAMILIES = {"1.3B": _WAN21, "5B": Family(16, 4, 48, 704_688_668, 704, 1280, 24.0), "14B": _WAN21}
 
 
+_GATHERED_BLOCKS = 3
+"""Of split weights, blocks of the transformer that each GPU has whole at a time: the one at work, the next one, and the
+buffer in which that arrives. Unmeasured."""
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(weight.numel() for weight in module.parameters())
+
+
 @lru_cache
 def _transformer(size: str) -> CausalWanModel:
     """Its shapes alone."""
@@ -67,6 +79,10 @@ class Video:
     model: str
     """Size of the transformer: 1.3B, 5B or 14B."""
     settings: VideoSettings
+    ranks: int = 1
+    """GPUs that make it together. All sizes are those of the first one, which has most to do: it decodes too."""
+    shard_weights: bool = False
+    """Whether each of them holds a share of the transformer's weights."""
 
     def __post_init__(self) -> None:
         if self.model not in FAMILIES:
@@ -76,6 +92,9 @@ class Video:
             raise ValueError(
                 f"height and width must be multiples of {step}, got {self.settings.height} x {self.settings.width}"
             )
+        check_ranks(f"{self.model} takes", self.ranks, _transformer(self.model).num_heads)
+        if self.shard_weights and self.ranks < 2:
+            raise ValueError("shard_weights needs several GPUs for a video: give sequence_parallel too")
 
     @classmethod
     def of(
@@ -87,6 +106,8 @@ class Video:
         height: int | None = None,
         width: int | None = None,
         fps: float | None = None,
+        ranks: int = 1,
+        shard_weights: bool = False,
     ) -> Video:
         """A video of this length, with the family's size and rate where none are given."""
         family = FAMILIES.get(model, _WAN21)
@@ -97,7 +118,7 @@ class Video:
             width=width or family.width,
             policy=policy,
         )
-        return cls(model, settings)
+        return cls(model, settings, ranks, shard_weights)
 
     @property
     def family(self) -> Family:
@@ -121,25 +142,70 @@ class Video:
 
     @property
     def weight_bytes(self) -> int:
-        """Of transformer and VAE; the text encoder has left the GPU when they come."""
-        weights = _transformer(self.model).parameters()
-        parameters = sum(weight.numel() for weight in weights) + self.family.vae_parameters
-        return parameters * _DTYPE.itemsize
+        """Of transformer and VAE, at their most; the text encoder has left the GPU when they come."""
+        model = _transformer(self.model)
+        parameters = _parameters(model)
+        if self.shard_weights:
+            block = _parameters(model.blocks[0])
+            gathered = parameters - len(model.blocks) * block + _GATHERED_BLOCKS * block
+            parameters = gathered + (parameters - gathered) // self.ranks
+        return (parameters + self.family.vae_parameters) * _DTYPE.itemsize
 
     @property
     def working_bytes(self) -> int:
-        """What a block needs beside weights, keys and values: an estimate."""
-        return _WORKING_BYTES_PER_PIXEL * self.settings.height * self.settings.width
+        """What a block needs beside weights, keys and values: an estimate, of which several ranks save a part of the
+        transformer's and add the buffers of their exchanges."""
+        estimate = _WORKING_BYTES_PER_PIXEL * self.settings.height * self.settings.width
+        if self.ranks == 1:
+            return estimate
+        alone, shared = self._passes(1), self._passes(self.ranks)
+        ffn_dim = _transformer(self.model).ffn_dim
+        saved = alone.activation_bytes(ffn_dim) - shared.activation_bytes(ffn_dim)
+        return estimate - saved + shared.buffer_bytes(self._channels)
+
+    @property
+    def sent_bytes_per_block(self) -> int:
+        """What the first of several ranks sends to the others in all passes over a block."""
+        return self._passes_per_block * self._passes(self.ranks).sent_bytes(
+            _transformer(self.model).num_layers, self._channels
+        )
+
+    @property
+    def sent_weight_bytes_per_block(self) -> int:
+        """What each of several ranks sends of its share of the weights: to each other rank, in each pass."""
+        if not self.shard_weights:
+            return 0
+        blocks = _parameters(_transformer(self.model).blocks) * _DTYPE.itemsize
+        return self._passes_per_block * blocks * (self.ranks - 1) // self.ranks
+
+    @property
+    def _passes_per_block(self) -> int:
+        return len(self.settings.sampling.denoising_steps) + 1
+
+    @property
+    def _channels(self) -> int:
+        """Numbers that a token of the transformer's result has."""
+        return _transformer(self.model).head.head.out_features
+
+    @property
+    def _tokens(self) -> int:
+        """Of a latent frame."""
+        factor = self.family.spatial_factor
+        height, width = self.settings.height // factor, self.settings.width // factor
+        return math.prod(_transformer(self.model).token_grid(height, width))
+
+    def _passes(self, ranks: int) -> Pass:
+        model = _transformer(self.model)
+        frames = self.settings.policy.block_frames
+        return Pass(1, frames, self._tokens, model.num_heads, model.head_dim, _DTYPE.itemsize, ranks)
 
     def record_bytes(self, budget: Budget) -> int:
         """Of the keys and values of a latent frame below the device; `page_bytes` on it."""
         model = _transformer(self.model)
-        factor = self.family.spatial_factor
-        rows, columns = model.token_grid(self.settings.height // factor, self.settings.width // factor)
         return frame_bytes(
             layers=model.num_layers,
-            heads=model.num_heads,
-            tokens=rows * columns,
+            heads=model.num_heads // self.ranks,
+            tokens=self._tokens,
             head_dim=model.head_dim,
             dtype=_DTYPE,
             bits=budget.bits,
@@ -257,11 +323,12 @@ def plan_tiers(
 
 @dataclass(frozen=True)
 class Outlook:
-    """A video on a machine.
+    """A video on a machine; with several ranks, on each of their GPUs.
 
     Attributes:
         gpu: bytes of the GPU.
-        below: budget of host memory and disk, and the bits there; its device share is what the GPU has left.
+        below: budget of host memory and disk, and the bits there; its device share is what the GPU has left. Of each
+            rank, as is the link.
         link: bytes a second between host and GPU, each way.
         rate: pictures a second that the GPU makes while nothing has to be waited for.
     """

@@ -16,8 +16,10 @@ from torch.torch_version import TorchVersion as Version
 
 from longlive_rag import RetrievalConfig, rollout, stream
 from longlive_rag.budget import Budget
+from longlive_rag.generation.rollout import RolloutResult
 from longlive_rag.generation.sampling import Sampling
 from longlive_rag.models import CausalWanModel
+from longlive_rag.parallel.costs import Pass
 from longlive_rag.parallel.shards import Shards
 from longlive_rag.selection import RandomSelection
 from longlive_rag.small_world import backbone
@@ -70,6 +72,18 @@ def small_world(options: dict[str, Any]) -> Any:
     )
 
 
+def uneven_blocks(options: dict[str, Any]) -> RolloutResult:
+    """Of three latent frames and of two in turn."""
+    blocks = list(
+        stream(model(), noise(15).split([3, 2] * 3, dim=1), prompt(), CONFIG, sampling=Sampling(STEPS), **options)
+    )
+    return RolloutResult(
+        torch.cat([block.latents for block in blocks], dim=1),
+        torch.cat([block.embeddings for block in blocks], dim=1),
+        [block.retrieval for block in blocks if block.retrieval is not None],
+    )
+
+
 def budget(device: float, **values: Any) -> Callable[[int], Budget]:
     """Of each rank, for as many latent frames' pages on the device."""
     return lambda ranks: Budget(device=int(device * PAGE) // ranks, **values)
@@ -91,6 +105,7 @@ CASES: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "frames forgotten": (tiny, {"budget": budget(8, host=0)}),
     "frames rebuilt": (tiny, {"budget": budget(8, host=0, rebuild=True)}),
     "pages of 8 bits below": (tiny, {"budget": budget(8, host=10**9, bits=8)}),
+    "uneven blocks": (uneven_blocks, {}),
     "bundled backbone": (small_world, {}),
 }
 
@@ -136,7 +151,8 @@ def traffic(group: Any) -> tuple[int, int, int]:
     q, k, v = torch.randn(3, 2, 2, own, 12, 16)
     q, k, v = shards.to_heads(q, k, v, None, None, 1e-6, tokens=10)
     shards.to_tokens(q.reshape(2, 20, shards.heads, 16), frames=2)
-    return shards.traffic.bytes, shards.traffic.exchanges, shards.layer_bytes(2, 2, 10, 16, itemsize=4)
+    formula = Pass(2, 2, 10, 12, 16, 4, shards.ranks, shards.rank).layer_bytes
+    return shards.traffic.bytes, shards.traffic.exchanges, formula
 
 
 def held(ranks: int, group: object = None) -> list[tuple[int, int]]:

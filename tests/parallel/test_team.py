@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
+from torch.torch_version import TorchVersion as Version
 
 from longlive_rag.cli import main
 from longlive_rag.generation.journal import Journal
@@ -104,6 +105,7 @@ def on_rank(rank: int, root: Path) -> tuple[list[str], int, Tensor | None]:
     dist.barrier()
     make(root / "stopped", team)
     make(root / "fewer ranks", team, passes=10)
+    make(root / "more ranks", team)
     make(root / "small machine", team, room=(5, 2))
     for folder in ("larger machine", "larger machine, fewer ranks"):
         make(root / folder, team, passes=13, room=(5, 2))
@@ -114,6 +116,7 @@ def on_rank(rank: int, root: Path) -> tuple[list[str], int, Tensor | None]:
 
 
 def test_the_first_rank_writes_and_stopped_videos_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "more ranks", None, passes=10)
     said = run_ranks(2, on_rank, tmp_path)
     assert [writes for writes, _, _ in said] == [[], []]
     assert 2 < said[0][1] < 5, "stopped between what was given and the prompt's change"
@@ -134,7 +137,8 @@ def test_the_first_rank_writes_and_stopped_videos_go_on(tmp_path: Path, capsys: 
     assert kept == {name: now[name] for name in kept}, "another number of ranks: what is finished stays"
     assert "What is added may differ in its last bits: device '2 x cpu', now 'cpu'" in capsys.readouterr().out
     make(folder, None)
-    assert set(contents(folder)) == {"cat.mp4", "cat.json", "cat.png"}
+    assert set(contents(folder)) == set(contents(tmp_path / "more ranks")) == {"cat.mp4", "cat.json", "cat.png"}
+    assert retrieved(tmp_path / "more ranks" / "cat.json") == retrieved(tmp_path / "whole" / "cat.json")
     assert CONFIG.block_frames == 1
 
     small = contents(tmp_path / "small machine")
@@ -199,6 +203,8 @@ def test_the_command_makes_one_video_on_two_ranks(tmp_path: Path) -> None:
     prompts = ["--prompt", "a cat", "--prompt-at", "3s", "the guitar"]
     arguments = ["generate", "--backbone", "self-forcing", *map(str, files), *length, *policy, *prompts]
     together = [*arguments, "--output", str(tmp_path / "videos"), "--sequence-parallel", "2"]
+    if Version(torch.__version__) >= Version("2.6"):  # before, FSDP2 works on GPUs only
+        together.append("--shard-weights")
     (status, said, _), (other_status, other_said, _) = run_ranks(2, commanded, 2, free_port(), together)
     assert status == other_status == 0
     assert "on 2 ranks, the first cpu" in said and "in all on each rank" in said and "Written" in said
@@ -213,6 +219,22 @@ def test_the_command_makes_one_video_on_two_ranks(tmp_path: Path) -> None:
     frames = [[entry["frames"] for entry in log.pop("retrieved")] for log in logs]
     assert frames[0] == frames[1] != []
     assert logs[0] == logs[1]
+
+
+def test_weights_are_split_over_several_processes_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "generate",
+        "--backbone",
+        "wan",
+        "--wan-dir",
+        str(tmp_path),
+        "--output",
+        str(tmp_path),
+        "--prompt",
+        "a cat",
+    ]
+    assert main([*words, "--shard-weights"]) == 2
+    assert "shard_weights needs several processes for a video: give sequence_parallel too" in capsys.readouterr().err
 
 
 def test_teams_share_the_videos(tmp_path: Path) -> None:

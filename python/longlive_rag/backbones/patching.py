@@ -20,6 +20,9 @@ from longlive_rag.budget import Budget, format_bytes
 from longlive_rag.config import RetrievalConfig
 from longlive_rag.embedding import AveragePool, Embedding, LatentAutoencoder
 from longlive_rag.memory import Retrieval, RetrievalMemory
+from longlive_rag.parallel.agreement import check_same, shared_budget
+from longlive_rag.parallel.heads import HeadShardedMemory
+from longlive_rag.parallel.shards import Group, Shards
 from longlive_rag.selection import Selection
 from longlive_rag.tiers.pages import frame_bytes
 
@@ -34,6 +37,7 @@ def patch(
     selection: Selection | None = None,
     budget: Budget | None = None,
     release_cache: bool = False,
+    group: Group | None = None,
 ) -> Patched:
     """Turn the attention of an existing causal video model into attention with retrieval memory.
 
@@ -53,15 +57,19 @@ def patch(
         embedding: of clean latent frames: an object, or the path of a retrieval autoencoder's checkpoint; default
             `AveragePool`.
         selection: which frames come back; default the most similar ones.
-        budget: of each memory, in bytes (see `RetrievalMemory`); `rebuild` takes our own backbone.
+        budget: of each memory, with a group on each rank, in bytes (see `RetrievalMemory`); `rebuild` takes our own
+            backbone.
         release_cache: free the keys and values of the pipeline's own cache, which nothing reads any more, the first
             time it is passed (see `Patched.released_bytes`). Families that read theirs keep it: krea realtime, whose
             pipeline goes by its size, and AnyFlow.
+        group: the ranks that make each video together, all with the same arguments and the same calls of the pipeline:
+            each holds the keys and values of a share of the heads, whose number it must divide, and attends with them.
+            All else is computed on every rank. docs/several_gpus.md.
 
     Raises:
         TypeError: model holds no causal transformer of a known family, or config or embedding is something else.
-        ValueError: model holds several transformers, is patched already, or has another rotary embedding; or config
-            does not suit it.
+        ValueError: model holds several transformers, is patched already, has another rotary embedding, or is split over
+            processes by its own code; or config or group does not suit it.
         FileNotFoundError: there is no checkpoint at the path `embedding`.
     """
     if config is not None and config != "native" and not isinstance(config, RetrievalConfig):
@@ -84,7 +92,11 @@ def patch(
     if longest is not None:
         check_block_length(config, longest)
     embed = _embedding(embedding)
-    heads, head_dim = family.heads(transformer.attentions[0])
+    all_heads, head_dim = family.heads(transformer.attentions[0])
+    shards = None if group is None else Shards(group, all_heads)
+    heads = all_heads if shards is None else shards.heads
+    if shards is not None:
+        check_same(shards, config=config, budget=budget)
 
     def make_memory(kind: Kind) -> RetrievalMemory:
         if isinstance(embedding, (str, os.PathLike)) and isinstance(embed, LatentAutoencoder):
@@ -99,19 +111,20 @@ def patch(
                 dtype=kind.dtype,
             )
             _check_switch(model, transformer, config, budget.device, kind.batch * page)
-        return RetrievalMemory(
-            config,
-            batch=kind.batch,
-            layers=len(transformer.attentions),
-            heads=heads,
-            head_dim=head_dim,
-            grid=kind.grid,
-            device=kind.device,
-            dtype=kind.dtype,
-            embedding=embed,
-            selection=selection,
-            budget=budget,
-        )
+        settings: dict[str, Any] = {
+            "config": config,
+            "batch": kind.batch,
+            "layers": len(transformer.attentions),
+            "head_dim": head_dim,
+            "grid": kind.grid,
+            "device": kind.device,
+            "dtype": kind.dtype,
+            "embedding": embed,
+            "selection": selection,
+        }
+        if shards is None:
+            return RetrievalMemory(heads=heads, budget=budget, **settings)
+        return HeadShardedMemory(shards, budget=shared_budget(budget, shards, kind.device), **settings)
 
     journal = Journal()
     said = Said(model, transformer.module, transformer.attentions[0])

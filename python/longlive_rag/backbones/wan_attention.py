@@ -171,6 +171,7 @@ class _MemoryAttention:
     def _measure(self, passed: _Pass, arguments: Arguments) -> None:
         passed.frames, *tokens = arguments["grid_sizes"][0].tolist()
         passed.tokens = (tokens[0], tokens[1])
+        check_whole(arguments["x"].shape[1], passed.frames * tokens[0] * tokens[1])
 
     @torch.compiler.disable
     def _begin(self, passed: _Pass, arguments: Arguments, dtype: torch.dtype) -> None:
@@ -219,6 +220,18 @@ def _first_frame(current_start: int, tokens: int) -> int:
             f"{current_start}; the pipeline's frame_seq_length is for another size"
         )
     return current_start // tokens
+
+
+def check_whole(tokens: int, expected: int) -> None:
+    """
+    Raises:
+        ValueError: an attention got another number of tokens than a pass has.
+    """
+    if tokens != expected:
+        raise ValueError(
+            f"model must give its attention all {expected} tokens of a pass, got {tokens}: turn its own sequence (or "
+            f"context) parallelism off, and give patch the group of its processes instead"
+        )
 
 
 def _project(attention: Any, x: Tensor, frames: int) -> tuple[Tensor, Tensor, Tensor]:

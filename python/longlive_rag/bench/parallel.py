@@ -25,6 +25,7 @@ from longlive_rag.bench.layer import HEAD_DIM, filled_memory
 from longlive_rag.budget import format_bytes
 from longlive_rag.models import CausalWanModel
 from longlive_rag.parallel.attention import ShardedAttention
+from longlive_rag.parallel.costs import Pass
 from longlive_rag.parallel.shards import Shards
 
 _SECONDS = 300
@@ -72,7 +73,10 @@ def measure(machine: Machine, name: str, size: Size, ranks: int) -> Row:
         "attention": shared.attention,
         "its attention": alone.attention,
     }
-    case = f"{name}, {ranks} ranks, {'NCCL' if machine.cuda else 'gloo'}, {format_bytes(shared.sent)} sent"
+    tokens, itemsize = size.rows * size.columns, 2 if machine.cuda else 4
+    formula = Pass(1, RetrievalConfig().block_frames, tokens, size.heads, HEAD_DIM, itemsize, ranks).layer_bytes
+    sent = f"{format_bytes(shared.sent)} sent, {format_bytes(formula)} by formula"
+    case = f"{name}, {ranks} ranks, {'NCCL' if machine.cuda else 'gloo'}, {sent}"
     return Row("parallel", case, shared.layer, alone.layer / ranks, "share of one rank", peers)
 
 

@@ -65,7 +65,7 @@ class Generate:
         "weights": ("backbone", "wan_dir", "checkpoint", "weights", "decoder", "lora", "lora_alpha", "embedding"),
         "context policy": ("policy",),
         "sampling": ("denoising_steps", "timestep_shift", "context_noise", "seed"),
-        "machine": ("device", "dtype", "sequence_parallel", "low_memory", "memory", "rebuild"),
+        "machine": ("device", "dtype", "sequence_parallel", "shard_weights", "low_memory", "memory", "rebuild"),
     }
     # fmt: on
 
@@ -124,6 +124,9 @@ class Generate:
     sequence_parallel: int = 1
     """Processes, of those that torchrun starts, that make each video together; must divide the attention heads. Memory
     options are for each of them."""
+    shard_weights: bool = False
+    """With --sequence-parallel: each process holds a share of the transformer's weights, and those of one layer are
+    gathered while it works. For models that do not fit one GPU."""
     low_memory: bool = False
     """Run the text encoder on the CPU, and keep the VAE there while the transformer runs."""
     memory: BudgetOptions = field(default_factory=BudgetOptions)
@@ -143,6 +146,8 @@ class Generate:
         from longlive_rag.parallel.team import join_team
         from longlive_rag.ranks import Ranks
 
+        if self.shard_weights and self.sequence_parallel < 2:
+            raise ValueError("shard_weights needs several processes for a video: give sequence_parallel too")
         settings, scripts = self.settings(), self._scripts()
         for script in scripts:
             if script.changes and script.changes[-1][0] >= self.seconds:
@@ -319,7 +324,13 @@ class Generate:
 
         keys = (self.weights,) if self.weights else BACKBONES[self.backbone].weight_keys
         model = load_causal_wan(
-            checkpoint, weight_keys=keys, lora=self.lora, lora_alpha=self.lora_alpha, device=device, dtype=dtype
+            checkpoint,
+            weight_keys=keys,
+            lora=self.lora,
+            lora_alpha=self.lora_alpha,
+            device=device,
+            dtype=dtype,
+            group=team.group if team is not None and self.shard_weights else None,
         )
         if model.text_dim != text_dim:
             raise ValueError(

@@ -29,11 +29,13 @@ class Plan:
       longlive-rag plan --model 1.3B --seconds 600 --gpu 24GB --host 64GB \\
           --disk 100GB --plot plan.png
       longlive-rag plan --model 5B --gpu 48GB --page-bits 8 --json
+      longlive-rag plan --model 14B --gpu 24GB --sequence-parallel 4 \\
+          --shard-weights
     """
 
     groups: ClassVar[dict[str, tuple[str, ...]]] = {
         "what to make": ("model", "seconds", "fps", "height", "width"),
-        "machine": ("gpu", "host", "disk", "page_bits", "link", "rate"),
+        "machine": ("gpu", "sequence_parallel", "shard_weights", "host", "disk", "page_bits", "link", "rate"),
         "context policy": ("policy",),
         "what to print": ("json", "plot"),
     }
@@ -50,6 +52,11 @@ class Plan:
     """Default: 832, for 5B 1280."""
     gpu: str | None = None
     """Memory of the GPU, such as 24GB. Default: 24GB, 48GB and 141GB."""
+    sequence_parallel: int = 1
+    """GPUs that make the video together; must divide the attention heads. --gpu, --host, --disk and --link are of each,
+    and so is what is printed."""
+    shard_weights: bool = False
+    """With --sequence-parallel: each GPU holds a share of the transformer's weights."""
     host: str | None = None
     """Host memory for keys and values, such as 64GB. Default: as much as it takes."""
     disk: str = "0"
@@ -110,7 +117,16 @@ class Plan:
     def _outlook(self, model: str, gpu: str) -> Outlook:
         from longlive_rag.planning import Outlook, Video
 
-        video = Video.of(model, self.seconds, self.policy, height=self.height, width=self.width, fps=self.fps)
+        video = Video.of(
+            model,
+            self.seconds,
+            self.policy,
+            height=self.height,
+            width=self.width,
+            fps=self.fps,
+            ranks=self.sequence_parallel,
+            shard_weights=self.shard_weights,
+        )
         budget = Budget(
             device=0,
             host=_ENOUGH if self.host is None else parse_bytes(self.host),

@@ -79,7 +79,7 @@ class CausalWanModel(nn.Module):
             raise ValueError(f"patch_size must keep latent frames apart, (1, rows, columns), got {patch_size}")
         self.dim, self.freq_dim, self.text_dim, self.text_len = dim, freq_dim, text_dim, text_len
         self.num_heads, self.num_layers, self.head_dim = num_heads, num_layers, dim // num_heads
-        self.in_dim, self.out_dim, self.eps = in_dim, out_dim, eps
+        self.ffn_dim, self.in_dim, self.out_dim, self.eps = ffn_dim, in_dim, out_dim, eps
         self.patch_size = (1, patch_size[1], patch_size[2])
 
         self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=patch_size, stride=patch_size)
@@ -122,7 +122,7 @@ class CausalWanModel(nn.Module):
             )
         padded = F.pad(prompt_embeds, (0, 0, 0, self.text_len - prompt_embeds.shape[1]))
         text = self.text_embedding(padded.to(self.patch_embedding.weight.dtype))
-        return [cast(Block, block).cross_attn.prepare(text) for block in self.blocks]
+        return [cast(Block, block).prepare_prompt(text) for block in self.blocks]
 
     def forward(self, latents: Tensor, timestep: Tensor, prompt: Prompt, attention: Attention) -> Tensor:
         """Predict the flow of one block.
@@ -142,8 +142,8 @@ class CausalWanModel(nn.Module):
             timestep = timestep[:, None].expand(-1, frames)
 
         dtype = self.patch_embedding.weight.dtype
-        tokens = self.patch_embedding(latents.to(dtype).transpose(1, 2))  # [B, dim, F, rows, columns]
-        x = tokens.flatten(3).permute(0, 2, 3, 1)  # [B, F, T, dim]
+        x = self.patch_embedding(latents.to(dtype).transpose(1, 2))  # [B, dim, F, rows, columns]
+        x = x.flatten(3).permute(0, 2, 3, 1)  # [B, F, T, dim]
         time = self.time_embedding(sinusoidal_embedding(timestep, self.freq_dim).to(dtype))  # [B, F, dim]
         modulation = self.time_projection(time).unflatten(-1, (6, self.dim))  # [B, F, 6, dim]
 
@@ -172,6 +172,10 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps, elementwise_affine=False)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def prepare_prompt(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-attention's keys and values of the embedded prompt [B, text_len, dim]."""
+        return self.cross_attn.prepare(text)
 
     def forward(self, x: Tensor, modulation: Tensor, text_k: Tensor, text_v: Tensor, attention: Attention) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + modulation).unsqueeze(3).unbind(2)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from longlive_rag.models.causal_wan import CausalWanModel
 from longlive_rag.models.tensor_files import checkpoint_file, read_tensors
+from longlive_rag.parallel.shards import Group, own_rows
 
 WEIGHT_KEYS = ("generator_ema", "generator", "model", "state_dict")
 LORA_KEYS = ("generator_lora", "lora", "state_dict")
@@ -67,10 +68,12 @@ def load_causal_wan(
     lora_alpha: float | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.bfloat16,
+    group: Group | None = None,
 ) -> CausalWanModel:
     """Build the model that a checkpoint holds; its sizes follow from the weights.
 
-    Weights are read one at a time, so that there is never a second copy of the model in memory. The number of heads
+    Weights are read one at a time, so that there is never a second copy of the model in memory, and with a group not
+    even one. The number of heads
     comes from a ``config.json`` next to safetensors; without one, every head is taken to be 128 wide.
 
     Args:
@@ -79,6 +82,9 @@ def load_causal_wan(
         lora: adapter to merge, with peft's names (``lora_A``, ``lora_B``).
         lora_alpha: its scale times its rank; default the alpha stored in the file or, if there is none, the rank.
         device, dtype: of the model.
+        group: ranks over which the weights are split, all with the same arguments; each holds a share of every tensor,
+            and a block's are gathered while it works (FSDP2). All ranks must then run the model together, as `rollout`
+            with a group does.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -87,20 +93,30 @@ def load_causal_wan(
     path = Path(path)
     adapter = _read_lora(Path(lora), lora_alpha) if lora is not None else {}
     state: dict[str, Tensor] = {}
+    whole: dict[str, Tensor] = {}  # shapes only
     for raw_name, tensor in read_tensors(path, weight_keys):
         name = wan_name(raw_name)
         if name in state:
             raise ValueError(f"{path} holds {name} twice, the second time as {raw_name}")
-        tensor = tensor.to(device)
+        whole[name] = tensor.to("meta")
         if name in adapter:
             up, down, scale = adapter.pop(name)
-            tensor = _merge(name, tensor, up.to(device), down.to(device), scale)
-        state[name] = tensor.to(dtype)
+            tensor = _merge(name, tensor.to(device), up.to(device), down.to(device), scale)
+        if group is not None:
+            tensor = own_rows(tensor, group).clone()  # a view would keep the whole
+        state[name] = tensor.to(device).to(dtype)
     if adapter:
         raise ValueError(f"{lora} adapts {_some(adapter)}, which the checkpoint {path} does not hold")
     with torch.device("meta"):
-        model = CausalWanModel(**_sizes(state, path))
-    load_strict(model, state, path)
+        model = CausalWanModel(**_sizes(whole, path))
+    if group is None:
+        load_strict(model, state, path)
+    else:
+        from longlive_rag.parallel.weights import load_shares  # torch's FSDP takes long to import
+
+        _check_strict(model, whole, path)
+        methods = [(model, "prepare_prompt"), *((block, "prepare_prompt") for block in model.blocks)]
+        load_shares(model, state, group, blocks=model.blocks, methods=methods)
     return model.eval().requires_grad_(False)
 
 
@@ -110,6 +126,11 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> 
     Raises:
         ValueError: one is missing, unexpected or misshapen; the message names it.
     """
+    _check_strict(model, state, source)
+    model.load_state_dict(state, assign=True)
+
+
+def _check_strict(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
     expected = model.state_dict()
     missing = [name for name in expected if name not in state]
     extra = [name for name in state if name not in expected]
@@ -125,7 +146,6 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: Path) -> 
             raise ValueError(
                 f"{source}: {name} must be {list(tensor.shape)} by the other weights, got {list(state[name].shape)}"
             )
-    model.load_state_dict(state, assign=True)
 
 
 def wan_name(name: str) -> str:

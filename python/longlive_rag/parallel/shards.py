@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from longlive_rag.ops._library import LIBRARY
+from longlive_rag.parallel.costs import check_ranks, token_counts
 
 Group: TypeAlias = ProcessGroup | DeviceMesh
 """The ranks that make one video: a process group, or a device mesh of one dimension."""
@@ -71,12 +72,7 @@ class Shards:
             )
         self.group: ProcessGroup = group
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
-        if heads % self.ranks:
-            divisors = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
-            raise ValueError(
-                f"group must have a number of ranks that divides the {heads} attention heads ({divisors}), "
-                f"got {self.ranks}"
-            )
+        check_ranks("group must have", self.ranks, heads)
         self.heads = heads // self.ranks
         """Of this rank."""
         self.first_rank = dist.get_global_rank(group, 0)
@@ -87,16 +83,8 @@ class Shards:
         _shards[self.handle] = self
 
     def token_counts(self, tokens: int) -> list[int]:
-        """How many of a latent frame's tokens each rank holds: as even as it can be, the first ranks one more.
-
-        Raises:
-            ValueError: there are fewer tokens than ranks.
-        """
-        if tokens < self.ranks:
-            raise ValueError(
-                f"group must have at most as many ranks as a latent frame has tokens, {tokens}, got {self.ranks}"
-            )
-        return [tokens // self.ranks + (rank < tokens % self.ranks) for rank in range(self.ranks)]
+        """How many of a latent frame's tokens each rank holds; raises ValueError if there are fewer than ranks."""
+        return token_counts(tokens, self.ranks)
 
     def own_tokens(self, x: Tensor) -> Tensor:
         """This rank's tokens of x [B, F, T, C]: a view [B, F, own, C]."""
@@ -144,16 +132,17 @@ class Shards:
         """
         return _heads_to_tokens(x, frames, self.handle)
 
-    def layer_bytes(self, batch: int, frames: int, tokens: int, head_dim: int, itemsize: int) -> int:
-        """By formula, what this rank sends in one layer's exchange: three tensors there, one back.
+    def own_heads(self, x: Tensor) -> Tensor:
+        """This rank's heads of x [..., H, D]: a view [..., H / ranks, D]."""
+        return x.narrow(-2, self.rank * self.heads, self.heads)
 
-        Of its own tokens the heads of the others, of its own heads the tokens of the others. With even shares that is
-        4 * B * F * T * H * D * itemsize * (ranks - 1) / ranks**2.
-        """
-        own = self.token_counts(tokens)[self.rank]
-        others = self.ranks - 1
-        there, back = 3 * own * others * self.heads, (tokens - own) * self.heads
-        return batch * frames * head_dim * itemsize * (there + back)
+    def all_heads(self, x: Tensor) -> Tensor:
+        """The heads [B, L, H, D] of all ranks from each rank's own [B, L, H / ranks, D]."""
+        sent, received = self._buffer(x.shape, x, "heads sent"), self._buffer((self.ranks, *x.shape), x, "heads")
+        sent.copy_(x)
+        self._count((self.ranks - 1) * sent.nbytes)
+        dist.all_gather(list(received), sent, group=self.group)
+        return received.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
     def _count(self, sent: int) -> None:
         for traffic in (self.traffic, _total):
@@ -174,12 +163,19 @@ class Shards:
         return dist.all_to_all_single(received, sent, received_rows, sent_rows, group=self.group, async_op=not wait)
 
 
+def own_rows(tensor: Tensor, group: Group) -> Tensor:
+    """This rank's share of a weight, as FSDP2 splits it: a part of the first dimension, perhaps nothing; a view."""
+    members = group.get_group() if isinstance(group, DeviceMesh) else group
+    parts, rank = tensor.chunk(dist.get_world_size(members)), dist.get_rank(members)
+    return parts[rank] if rank < len(parts) else tensor[:0]
+
+
 _handles = itertools.count()
 # Operations take numbers and tensors: the shards that a number stands for.
 _shards: weakref.WeakValueDictionary[int, Shards] = weakref.WeakValueDictionary()
 
 
-def _normalised(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+def normalised(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x [B, F, t, H, D] after the RMS norm over H * D."""
     return x if weight is None else F.rms_norm(x.flatten(-2), weight.shape, weight.to(x.dtype), eps).view(x.shape)
 
@@ -217,7 +213,7 @@ def _to_heads(
     qk_sent = me._buffer((me.ranks, own, 2, *page), q, "q and k sent")
     qk_all = me._buffer((tokens, 2, *page), q, "q and k")
     for half, (x, weight) in enumerate(((q, q_weight), (k, k_weight))):
-        qk_sent[:, :, half].copy_(_by_rank(_normalised(x, weight, eps), me.ranks))
+        qk_sent[:, :, half].copy_(_by_rank(normalised(x, weight, eps), me.ranks))
     me._exchange(qk_all, qk_sent.flatten(0, 1), counts, sent_rows)
     v_travels.wait()
     return qk_all, v_all

@@ -56,6 +56,11 @@ class AnyFlow(Family):
                 f"model must take {', '.join(sorted(CALL))} in its forward, as AnyFlowFARTransformer3DModel does; "
                 f"{type(transformer.module).__name__} does not take {', '.join(sorted(missing))}"
             )
+        if getattr(transformer.module, "_parallel_config", None) is not None:
+            raise ValueError(
+                "model must not be split over processes by diffusers (enable_parallelism): load it without, and give "
+                "patch the group of these processes instead"
+            )
 
     def heads(self, attention: Any) -> tuple[int, int]:
         return attention.heads, attention.inner_dim // attention.heads
