@@ -70,8 +70,9 @@ def load_causal_wan(
 ) -> CausalWanModel:
     """Build the model that a checkpoint holds; its sizes follow from the weights.
 
-    Weights are read one at a time, so that there is never a second copy of the model in memory. The number of heads
-    comes from a ``config.json`` next to safetensors; without one, every head is taken to be 128 wide.
+    Weights are read one at a time, so that there is never a second copy of the model in memory. Queries, keys and
+    values are then fused (`CausalWanModel.fuse_projections`). The number of heads comes from a ``config.json`` next to
+    safetensors; without one, every head is taken to be 128 wide.
 
     Args:
         path: file, index of shards, or folder; see `tensor_files.checkpoint_file`.
@@ -101,6 +102,8 @@ def load_causal_wan(
     with torch.device("meta"):
         model = CausalWanModel(**_sizes(state, path))
     load_strict(model, state, path)
+    state.clear()  # so that fusing needs room for one layer's projections, not for all
+    model.fuse_projections()
     return model.eval().requires_grad_(False)
 
 
