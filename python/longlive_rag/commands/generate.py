@@ -65,7 +65,7 @@ class Generate:
         "weights": ("backbone", "wan_dir", "checkpoint", "weights", "decoder", "lora", "lora_alpha", "embedding"),
         "context policy": ("policy",),
         "sampling": ("denoising_steps", "timestep_shift", "context_noise", "seed"),
-        "machine": ("device", "dtype", "sequence_parallel", "low_memory", "memory", "rebuild"),
+        "machine": ("device", "dtype", "compile", "sequence_parallel", "low_memory", "memory", "rebuild"),
     }
     # fmt: on
 
@@ -121,6 +121,9 @@ class Generate:
     """cpu, cuda, cuda:N or auto: the GPU if there is one, under torchrun that of the process."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Precision of weights and memory; auto is bfloat16 on a GPU and float32 on a CPU."""
+    compile: bool = False
+    """Compile the transformer with torch.compile: the first block waits for it, and later runs find it on disk. The
+    video is another one in its last bits."""
     sequence_parallel: int = 1
     """Processes, of those that torchrun starts, that make each video together; must divide the attention heads. Memory
     options are for each of them."""
@@ -143,6 +146,11 @@ class Generate:
         from longlive_rag.parallel.team import join_team
         from longlive_rag.ranks import Ranks
 
+        if self.compile and self.sequence_parallel > 1:
+            raise ValueError(
+                f"compile must be off with sequence_parallel, whose exchange between ranks is not compiled, got "
+                f"sequence_parallel={self.sequence_parallel}"
+            )
         settings, scripts = self.settings(), self._scripts()
         for script in scripts:
             if script.changes and script.changes[-1][0] >= self.seconds:
@@ -174,6 +182,7 @@ class Generate:
             "lora_alpha": self.lora_alpha,
             "embedding": self.embedding.name if self.embedding else None,
             "dtype": str(dtype).removeprefix("torch."),
+            "compile": self.compile or None,
             "decoder": None if self.decoder == "wan" else self.decoder,
             "beginning": beginning.identity if beginning else None,
         }
@@ -312,6 +321,7 @@ class Generate:
         import torch
 
         from longlive_rag.embedding import AveragePool, Embedding, LatentAutoencoder
+        from longlive_rag.generation.compilation import compile_model
         from longlive_rag.generation.pipeline import Pipeline
         from longlive_rag.generation.tiny_decoder import TinyDecoder
         from longlive_rag.generation.wan_vae import StreamingDecoder
@@ -326,6 +336,8 @@ class Generate:
                 f"{checkpoint} takes prompt embeddings of width {model.text_dim}, but the text encoder in "
                 f"{self.wan_dir} makes {text_dim}"
             )
+        if self.compile:
+            compile_model(model)
         embedding: Embedding = AveragePool()
         if self.embedding is not None:
             autoencoder = LatentAutoencoder.from_checkpoint(self.embedding).to(device)
