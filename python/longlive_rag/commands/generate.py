@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from longlive_rag.budget import Budget, BudgetOptions, format_bytes
-from longlive_rag.config import PAPER_STEPS, RetrievalConfig
+from longlive_rag.config import PAPER_STEPS, RetrievalConfig, Solver
 from longlive_rag.files import output_folder
 from longlive_rag.generation.prompts import Script, enumerate_videos, read_scripts, script_of
 from longlive_rag.generation.wan_files import (
@@ -64,22 +64,23 @@ class Generate:
         ),
         "weights": ("backbone", "wan_dir", "checkpoint", "weights", "decoder", "lora", "lora_alpha", "embedding"),
         "context policy": ("policy",),
-        "sampling": ("denoising_steps", "timestep_shift", "context_noise", "seed"),
+        "sampling": ("denoising_steps", "timestep_shift", "solver", "context_noise", "seed"),
         "machine": ("device", "dtype", "compile", "sequence_parallel", "low_memory", "memory", "rebuild"),
     }
     # fmt: on
 
-    backbone: Literal["self-forcing", "causal-forcing", "longlive", "wan"]
+    backbone: Literal["self-forcing", "causal-forcing", "longlive", "longlive2", "wan"]
     """Family of the checkpoint; wan is any other causal few-step model with Wan's transformer."""
     wan_dir: Path
-    """Folder with the text encoder, tokenizer and VAE of Wan2.1-T2V-1.3B, in Wan's or diffusers' layout."""
+    """Folder with the text encoder, tokenizer and VAE of Wan2.1-T2V-1.3B, for longlive2 of Wan2.2-TI2V-5B, in Wan's or
+    diffusers' layout."""
     output: Path
     """Folder for the videos; created if it is missing."""
     checkpoint: Path | None = None
     """Weights of the transformer: .pt, .safetensors, an index of shards, or a folder."""
     decoder: Literal["wan", "tiny"] = "wan"
     """What makes pictures of latents: Wan's VAE, or taehv's imitation of it, much faster and less sharp, whose file
-    taew2_1 must lie in --wan-dir."""
+    taew2_1, or taew2_2 for longlive2, must lie in --wan-dir."""
     lora: Path | None = None
     """LoRA to merge into the weights (LongLive has one)."""
     lora_alpha: float | None = None
@@ -113,6 +114,8 @@ class Generate:
     """Timesteps in descending order from 1000, before the shift."""
     timestep_shift: float = 5.0
     """Shift of the noise schedule."""
+    solver: Solver = "renoise"
+    """From step to step: fresh noise on the clean prediction, or UniPC, LongLive 2's sampler."""
     context_noise: float = 0.0
     """Timestep of the clean pass, which writes the keys and values that later blocks attend to."""
     seed: int = 0
@@ -162,14 +165,17 @@ class Generate:
         for name, path in (("lora", self.lora), ("embedding", self.embedding)):
             if path is not None and not path.exists():
                 raise FileNotFoundError(f"{name} file {path} does not exist")
-        files = find_wan_files(self.wan_dir)
+        files = find_wan_files(self.wan_dir, self.backbone)
         if self.decoder == "tiny":
-            find_tiny_decoder(self.wan_dir)
+            find_tiny_decoder(self.wan_dir, self.backbone)
         for package in ("diffusers", "transformers", "ftfy"):
             importlib.import_module(package)
         published_lora = BACKBONES[self.backbone].lora
         if published_lora is not None and self.lora is None:
             print(f"Note: without --lora. {self.backbone} is a base and {from_where([published_lora], Path('.'))}")
+        unlike = self._unlike_published()
+        if unlike:
+            print(f"Note: {self.backbone} is published with {unlike}.")
         budget = replace(self.memory.budget, rebuild=self.rebuild)
         ranks = Ranks.from_environment()
         device = self.torch_device(ranks)
@@ -183,6 +189,7 @@ class Generate:
             "embedding": self.embedding.name if self.embedding else None,
             "dtype": str(dtype).removeprefix("torch."),
             "compile": self.compile or None,
+            "solver": None if self.solver == "renoise" else self.solver,
             "decoder": None if self.decoder == "wan" else self.decoder,
             "beginning": beginning.identity if beginning else None,
         }
@@ -237,9 +244,22 @@ class Generate:
             fps=self.fps,
             height=self.height,
             width=self.width,
-            sampling=Sampling(self.denoising_steps, self.timestep_shift, self.context_noise, self.seed),
+            sampling=Sampling(
+                self.denoising_steps, self.timestep_shift, self.context_noise, self.seed, solver=self.solver
+            ),
             policy=self.policy,
         )
+
+    def _unlike_published(self) -> str:
+        """The options that would make the backbone's published settings of these."""
+        given = {**vars(self.policy), **vars(self)}
+        options = []
+        for name, value in BACKBONES[self.backbone].settings.items():
+            if given[name] != value:
+                values = value if isinstance(value, tuple) else (value,)
+                words = (f"{each:g}" if isinstance(each, float) else str(each) for each in values)
+                options.append(f"--{name.replace('_', '-')} {' '.join(words)}")
+        return " ".join(options)
 
     def _scripts(self) -> list[Script]:
         if (self.prompt is None) == (self.prompts is None):
@@ -352,7 +372,7 @@ class Generate:
         where = device if first else torch.device("cpu")
         decoder: Decoder
         if self.decoder == "tiny":
-            decoder = TinyDecoder.from_file(find_tiny_decoder(self.wan_dir), device=where, dtype=dtype)
+            decoder = TinyDecoder.from_file(find_tiny_decoder(self.wan_dir, self.backbone), device=where, dtype=dtype)
         else:
             decoder = StreamingDecoder.from_files(files, device=where, dtype=dtype)
         low_memory = self.low_memory and first

@@ -18,7 +18,7 @@ from longlive_rag.generation.settings import VideoSettings
 from longlive_rag.generation.video import Frames, VideoReader
 
 _PICTURES = 4
-"""Pictures of a latent frame of Wan 2.1 after the first, which is of one."""
+"""Pictures of a latent frame of Wan's VAEs after the first, which is of one."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,10 @@ def encode(vae: Any, pictures: Iterable[Frames]) -> Tensor:
         pictures: uint8 [H, W, 3], 4 n - 3 of them.
 
     Returns:
-        [n, C, H / 8, W / 8] float32 on the CPU, normalised as the transformer's.
+        [n, C, H / 8, W / 8], or / 16 for Wan 2.2's 5B, float32 on the CPU, normalised as the transformer's.
     """
+    from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
+
     weight = next(vae.parameters())
     vae.clear_cache()
     cache = vae._enc_feat_map
@@ -105,6 +107,8 @@ def encode(vae: Any, pictures: Iterable[Frames]) -> Tensor:
     left = iter(pictures)
     while group := list(islice(left, _PICTURES if latents else 1)):
         x = torch.from_numpy(np.stack(group)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        if vae.config.patch_size is not None:
+            x = patchify(x, patch_size=vae.config.patch_size)
         moments = vae.quant_conv(vae.encoder(x.to(weight), feat_cache=cache, feat_idx=[0]))
         # The mean of the distribution: nothing is drawn.
         latents.append((moments[0, : vae.config.z_dim].transpose(0, 1).float().cpu() - mean) / std)

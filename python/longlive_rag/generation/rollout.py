@@ -14,6 +14,7 @@ from longlive_rag.budget import Budget, format_bytes
 from longlive_rag.config import PAPER_STEPS, RetrievalConfig
 from longlive_rag.embedding import AveragePool, Embedding
 from longlive_rag.generation.sampling import PAPER_SAMPLING, FreshNoise, Renoise, Sampling, denoise
+from longlive_rag.generation.unipc import unipc
 from longlive_rag.memory import Retrieval, RetrievalMemory
 from longlive_rag.models import CausalWanModel
 from longlive_rag.models.causal_wan import Attention, Prompt
@@ -183,7 +184,7 @@ def _blocks(
                 if memory.config.query == "draft":
                     memory.ask(clean)
             else:
-                for step, clean in enumerate(denoise(predict, block_noise, sampling.timesteps, fresh_noise)):
+                for step, clean in enumerate(_denoise(predict, block_noise, sampling, fresh_noise)):
                     if step == 0 and memory.config.query == "draft":
                         memory.ask(clean)
             predict(clean, _context_timestep(clean, sampling))
@@ -208,6 +209,15 @@ def _blocks(
     finally:
         if memory is not None:
             memory.close()
+
+
+def _denoise(
+    predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor, sampling: Sampling, fresh_noise: FreshNoise
+) -> Iterator[Tensor]:
+    """The clean prediction of a block after each step."""
+    if sampling.solver == "unipc":
+        return unipc(predict, noise, sampling.timesteps)
+    return denoise(predict, noise, sampling.timesteps, fresh_noise)
 
 
 def _context_timestep(latents: Tensor, sampling: Sampling) -> Tensor:
