@@ -9,13 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from golden.params import tensor
+from longlive_rag import RetrievalConfig, stream
 from longlive_rag.cli import main
 from longlive_rag.generation.sampling import Sampling, warp_steps
+from longlive_rag.generation.settings import VideoSettings
 from longlive_rag.generation.unipc import unipc
+from longlive_rag.generation.video import VideoWriter
 from longlive_rag.models import CausalWanModel
 from support.tiny_wan import TRACES, save_5b_folder, trace
 from support.video_files import read_video
@@ -23,7 +27,7 @@ from support.video_files import read_video
 pytest.importorskip("diffusers", reason="diffusers is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from longlive_rag.generation.beginning import encode
+from longlive_rag.generation.beginning import encode, from_image
 from longlive_rag.generation.wan_files import WanFiles, find_tiny_decoder, find_wan_files
 from longlive_rag.generation.wan_vae import StreamingDecoder, load_vae
 
@@ -139,3 +143,46 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         find_tiny_decoder(tmp_path, "longlive2")
     (tmp_path / "taew2_2.pth").touch()
     assert find_tiny_decoder(tmp_path, "longlive2").name == find_tiny_decoder(tmp_path, "wan").name == "taew2_2.pth"
+
+
+@pytest.mark.parametrize("solver", ["unipc", "renoise"])
+def test_the_first_block_is_made_around_its_first_frame(solver: Any) -> None:
+    torch.manual_seed(0)
+    model = CausalWanModel(
+        dim=32, ffn_dim=32, freq_dim=16, text_dim=8, text_len=4, num_heads=2, num_layers=1, in_dim=4, out_dim=4
+    ).eval()
+    noise, first, prompt = torch.randn(1, 8, 4, 4, 4), torch.randn(1, 1, 4, 4, 4), torch.randn(1, 4, 8)
+    seen: list[tuple[Tensor, Tensor]] = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append((inputs[0], inputs[1])))
+    config = RetrievalConfig(context_frames=8, sink_frames=1, memory_frames=1, block_frames=4)
+    sampling = Sampling((999, 500), solver=solver)
+    made = list(stream(model, noise.split(4, dim=1), prompt, config, sampling=sampling, first=first))
+    assert torch.equal(made[0].latents[:, :1], first) and not torch.equal(made[1].latents[:, :1], first)
+    # Two steps and the clean pass of each block.
+    assert all(torch.equal(latents[:, :1], first) for latents, _ in seen[:3])
+    assert [timestep[0].tolist()[0] for _, timestep in seen[:3]] == [0, 0, 0]
+    assert all(timestep[0, 1:].min() > 0 for _, timestep in seen[:2]) and seen[3][1].min() > 0
+    assert made[0].latents.std() > 0.5
+    with pytest.raises(ValueError, match=r"first must be \[1, n, 4, 4, 4\] like the noise, with n below 4, got"):
+        next(stream(model, noise.split(4, dim=1), prompt, config, first=torch.randn(1, 4, 4, 4, 4)))
+
+
+def test_longlive_2_goes_on_from_a_picture(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    torch.save(CausalWanModel(**SIZES).state_dict(), tmp_path / "model.pt")
+    Image.fromarray(np.full((40, 80, 3), (200, 60, 20), dtype=np.uint8)).save(tmp_path / "picture.png")
+    arguments = [f"--wan-dir={folder}", f"--checkpoint={tmp_path / 'model.pt'}", *SHORT, *PUBLISHED]
+    written: list[Any] = []
+    monkeypatch.setattr(VideoWriter, "write", lambda self, frames: written.append(frames.astype(int)))
+    picture = [f"--image={tmp_path / 'picture.png'}", f"--output={tmp_path / 'out'}"]
+    assert main(["generate", "--backbone", "longlive2", *arguments, *picture]) == 0
+    settings = VideoSettings(
+        seconds=4, fps=8, height=32, width=64, policy=RetrievalConfig(6, 2, 1, recency_guard=0, block_frames=2)
+    )
+    vae = load_vae(find_wan_files(folder, "longlive2"), device="cpu", dtype=torch.float32)
+    latents = encode(vae, from_image(tmp_path / "picture.png", settings, one_frame=True).pictures())
+    assert latents.shape == (1, 48, 2, 4)
+    expected = StreamingDecoder(vae).decode(latents).numpy().astype(int)
+    # The weights lie elsewhere in memory than in the command: one step of 8 bits, for rounding.
+    assert np.abs(written[0][:1] - expected).max() <= 1
+    assert sum(map(len, written)) == 37 and np.abs(written[0][1:] - expected).max() > 10

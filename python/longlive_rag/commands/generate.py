@@ -95,7 +95,7 @@ class Generate:
     """Text file with one prompt per line, for one video each; in a line, @10s stands before a prompt for the time from
     then on."""
     image: Path | None = None
-    """Picture that each video begins with; it is held for the first block."""
+    """Picture that each video begins with; it is held for the first block, or for longlive2 the first latent frame."""
     video: Path | None = None
     """Video, of the same frame rate, that each video goes on from: it begins with the end of that one."""
     seconds: float = 30.0
@@ -279,7 +279,7 @@ class Generate:
             if path is not None and not path.is_file():
                 raise FileNotFoundError(f"{name} file {path} does not exist")
         if self.image is not None:
-            return from_image(self.image, settings)
+            return from_image(self.image, settings, one_frame=BACKBONES[self.backbone].image_is_a_frame)
         return None if self.video is None else from_video(self.video, settings)
 
     def torch_dtype(self, device: torch.device) -> torch.dtype:

@@ -23,7 +23,7 @@ _PICTURES = 4
 
 @dataclass(frozen=True)
 class Beginning:
-    """What a video begins with, as whole blocks.
+    """What a video begins with, as whole blocks or a single latent frame.
 
     Attributes:
         identity: what tells it from others: a digest of the file.
@@ -36,8 +36,11 @@ class Beginning:
     pictures: Callable[[], Iterator[Frames]]
 
 
-def from_image(path: Path, settings: VideoSettings) -> Beginning:
+def from_image(path: Path, settings: VideoSettings, *, one_frame: bool = False) -> Beginning:
     """A picture that is held for the first block, cut to the video's proportions.
+
+    Args:
+        one_frame: it is the first latent frame alone, around which the rest of the block is made.
 
     Raises:
         OSError: the file cannot be read.
@@ -50,7 +53,7 @@ def from_image(path: Path, settings: VideoSettings) -> Beginning:
     except UnidentifiedImageError as error:
         raise ValueError(f"image must be a picture, got {path}: {error}") from error
     fitted = _fitted(picture, settings)
-    frames = settings.policy.block_frames
+    frames = 1 if one_frame else settings.policy.block_frames
     _check_length("image", frames, settings)
     return Beginning(identity, frames, lambda: (fitted for _ in range(_pictures(frames))))
 

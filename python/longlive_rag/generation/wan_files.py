@@ -35,6 +35,7 @@ class PublishedFamily:
         lora: the adapter that belongs to it, if any.
         repository: with the text encoder, tokenizer and VAE that belong to it.
         settings: of the video, by the names of options, that its authors publish where they are not the defaults.
+        image_is_a_frame: whether it goes on from a picture as the first latent frame, within the first block.
     """
 
     checkpoint: Source | None
@@ -42,6 +43,7 @@ class PublishedFamily:
     lora: Source | None = None
     repository: str = "Wan-AI/Wan2.1-T2V-1.3B"
     settings: Mapping[str, object] = field(default_factory=dict)
+    image_is_a_frame: bool = False
 
 
 WAN_5B = "Wan-AI/Wan2.2-TI2V-5B"
@@ -74,6 +76,7 @@ BACKBONES = {
             "block_frames": 8,
             "positions": "absolute",
         },
+        image_is_a_frame=True,
     ),
     "wan": PublishedFamily(None, ("generator_ema", "generator", "model", "state_dict")),
 }
