@@ -91,7 +91,7 @@ def test_a_pass_has_few_launches_and_waits_for_none() -> None:
             dim=32, ffn_dim=32, freq_dim=16, text_dim=8, text_len=4, num_heads=2, num_layers=layers, in_dim=4,
             out_dim=4,
         ).eval()  # fmt: skip
-        model.fuse_projections()
+        model.fuse()
         latents, timestep = torch.randn(1, 3, 4, 4, 4), torch.full((1, 3), 500.0)
         memory = RetrievalMemory.for_model(model, latents.shape, RetrievalConfig(), embedding=AveragePool())
         prompt = model.prepare_prompt(torch.randn(1, 4, 8))

@@ -125,8 +125,8 @@ def test_fused_projections_are_the_same_model() -> None:
     model, latents, timestep = tiny(), torch.randn(1, 2, 4, 4, 4), torch.tensor([500.0])
     prompt = model.prepare_prompt(torch.randn(1, 4, 8))
     fused = copy.deepcopy(model)
-    fused.fuse_projections()
-    fused.fuse_projections()  # once is enough
+    fused.fuse()
+    fused.fuse()  # once is enough
     assert "blocks.0.self_attn.qkv.weight" in dict(fused.named_parameters())
     expected = model(latents, timestep, prompt, Alone())
     # One product of 96 columns in place of three of 32: the same sums, perhaps in another order.
@@ -138,7 +138,7 @@ def test_fused_projections_are_the_same_model() -> None:
 def test_a_state_dict_does_not_know_whether_projections_are_fused() -> None:
     model = tiny()
     fused = copy.deepcopy(model)
-    fused.fuse_projections()
+    fused.fuse()
     state = model.state_dict()
     assert fused.state_dict().keys() == state.keys()
     assert all(torch.equal(fused.state_dict()[name], tensor) for name, tensor in state.items())

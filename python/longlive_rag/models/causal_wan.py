@@ -7,6 +7,7 @@ cache and knows no context policy: self-attention goes through an ``Attention`` 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -25,7 +26,7 @@ Prompt = list[tuple[Tensor, Tensor]]
 """Cross-attention keys and values of one prompt per layer, each [B, heads, text_len, head_dim]."""
 
 QKV, PARTS = ("q", "k", "v"), ("weight", "bias")
-"""The projections that `CausalWanModel.fuse_projections` makes one, and their parameters."""
+"""The projections that `CausalWanModel.fuse` makes one, and their parameters."""
 
 
 class Attention(Protocol):
@@ -83,6 +84,7 @@ class CausalWanModel(nn.Module):
         self.dim, self.freq_dim, self.text_dim, self.text_len = dim, freq_dim, text_dim, text_len
         self.num_heads, self.num_layers, self.head_dim = num_heads, num_layers, dim // num_heads
         self.in_dim, self.out_dim, self.eps = in_dim, out_dim, eps
+        self.fused = False
         self.patch_size = (1, patch_size[1], patch_size[2])
 
         self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=patch_size, stride=patch_size)
@@ -127,22 +129,23 @@ class CausalWanModel(nn.Module):
         text = self.text_embedding(padded.to(self.patch_embedding.weight.dtype))
         return [cast(Block, block).cross_attn.prepare(text) for block in self.blocks]
 
-    def fuse_projections(self) -> None:
-        """Compute queries, keys and values of self-attention in one product each layer; `state_dict` stays as it is.
+    def fuse(self) -> None:
+        """Save launches, for weights that are whole and stay where they are; `state_dict` stays as it is.
 
-        The parameters become one, ``self_attn.qkv``, so anything that names those three comes before.
+        Queries, keys and values of self-attention become one product, with one parameter, ``self_attn.qkv``, in each
+        layer, and modulation is added for all layers at once. Anything that names those three parameters, or splits
+        the weights over devices, comes before or goes without.
         """
+        self.fused = True
         for block in self.blocks:
             cast(Block, block).self_attn.fuse_projections()
 
-    def _modulation(self, of_time: Tensor) -> list[Modulation]:
-        """Of each block, from what the timestep says [B, F, 6, dim]: two launches for all of them."""
+    def _modulation(self, of_time: Tensor) -> Iterable[Modulation | Tensor]:
+        """What each block is given of what the timestep says, [B, F, 6, dim]."""
+        if not self.fused:
+            return [of_time] * self.num_layers
         of_blocks = torch.cat([cast(Block, block).modulation for block in self.blocks])[:, None, None]
-        sums = of_blocks + of_time  # [layers, B, F, 6, dim]
-        scales = 1 + sums[..., 1::3, :]
-        shift1, _, gate1, shift2, _, gate2 = sums.unsqueeze(-3).unbind(-2)
-        scale1, scale2 = scales.unsqueeze(-3).unbind(-2)
-        return [Modulation(*each) for each in zip(shift1, scale1, gate1, shift2, scale2, gate2, strict=True)]
+        return map(Modulation._make, zip(*(each.unbind(0) for each in modulated(of_blocks, of_time)), strict=True))
 
     def forward(self, latents: Tensor, timestep: Tensor, prompt: Prompt, attention: Attention) -> Tensor:
         """Predict the flow of one block.
@@ -191,6 +194,14 @@ class Modulation(NamedTuple):
     gate2: Tensor
 
 
+def modulated(of_block: Tensor, of_time: Tensor) -> Modulation:
+    """From a block's own part [..., 6, dim] and the timestep's [B, F, 6, dim]: two launches, whatever the blocks."""
+    sums = of_block + of_time
+    scale1, scale2 = (1 + sums[..., 1::3, :]).unsqueeze(-2).unbind(-3)
+    shift1, _, gate1, shift2, _, gate2 = sums.unsqueeze(-2).unbind(-3)
+    return Modulation(shift1, scale1, gate1, shift2, scale2, gate2)
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention and feed-forward, the first and last modulated by the timestep."""
 
@@ -205,8 +216,10 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(
-        self, x: Tensor, modulation: Modulation, text_k: Tensor, text_v: Tensor, attention: Attention
+        self, x: Tensor, modulation: Modulation | Tensor, text_k: Tensor, text_v: Tensor, attention: Attention
     ) -> Tensor:
+        if isinstance(modulation, Tensor):
+            modulation = modulated(self.modulation, modulation)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
         # A product and a sum in one launch, rounded once where they were rounded twice.
         x = torch.addcmul(x, gate1, self.self_attn(torch.addcmul(shift1, self.norm1(x), scale1), attention))
@@ -227,7 +240,7 @@ class SelfAttention(nn.Module):
 
     @torch.no_grad()
     def fuse_projections(self) -> None:
-        """See `CausalWanModel.fuse_projections`."""
+        """See `CausalWanModel.fuse`."""
         if self.qkv is not None:
             return
         weight, bias = (torch.cat([getattr(self.get_submodule(name), part) for name in QKV]) for part in PARTS)

@@ -70,8 +70,8 @@ def load_causal_wan(
 ) -> CausalWanModel:
     """Build the model that a checkpoint holds; its sizes follow from the weights.
 
-    Weights are read one at a time, so that there is never a second copy of the model in memory. Queries, keys and
-    values are then fused (`CausalWanModel.fuse_projections`). The number of heads comes from a ``config.json`` next to
+    Weights are read one at a time, so that there is never a second copy of the model in memory. The model
+    is then fused (`CausalWanModel.fuse`). The number of heads comes from a ``config.json`` next to
     safetensors; without one, every head is taken to be 128 wide.
 
     Args:
@@ -103,7 +103,7 @@ def load_causal_wan(
         model = CausalWanModel(**_sizes(state, path))
     load_strict(model, state, path)
     state.clear()  # so that fusing needs room for one layer's projections, not for all
-    model.fuse_projections()
+    model.fuse()
     return model.eval().requires_grad_(False)
 
 
