@@ -78,9 +78,11 @@ def transformer(size: Size) -> CausalWanModel:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device()):
-            if "size" in size.model:
-                return CausalWanModel.from_size(size.model["size"]).eval()
-            return CausalWanModel(**size.model).eval()
+            model = (
+                CausalWanModel.from_size(size.model["size"]) if "size" in size.model else CausalWanModel(**size.model)
+            )
+            model.fuse()  # as a checkpoint is, once it is loaded
+            return model.eval()
     finally:
         torch.set_default_dtype(before)
 

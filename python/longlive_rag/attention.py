@@ -44,7 +44,8 @@ class PagedAttention:
         k_pages: Tensor,
         v_pages: Tensor,
         tables: Tables,
-    ) -> Tensor:
+        lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         """
         Raises:
             TypeError, ValueError: an argument has the wrong dtype, shape, device or layout, or requires grad.
@@ -64,8 +65,8 @@ class PagedAttention:
                     turned = _insert(
                         k, v, k_weight, self.rotation, k_pages, v_pages, tables.block_slots, eps, q, q_weight
                     )
-                    out: Tensor = _attend(turned, *context, self._scale, False)[0]
-                    return out
+                    result: tuple[Tensor, Tensor | None] = _attend(turned, *context, self._scale, lse)
+                    return result
         batch, frames = tables.block_slots.shape
         if k.shape[:2] != (batch, frames):
             raise ValueError(
@@ -73,7 +74,7 @@ class PagedAttention:
             )
         turned = ops.insert(k, v, k_weight, self.rotation, k_pages, v_pages, tables.block_slots, eps, q, q_weight)
         assert turned is not None
-        out = ops.attend(turned, *context)
+        result = ops.attend(turned, *context, return_lse=True) if lse else (ops.attend(turned, *context), None)
         if checked:
             self._looks[layer], self._weights[layer] = looks, (q_weight, k_weight)
-        return out
+        return result

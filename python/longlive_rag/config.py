@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args
 
 Positions = Literal["relative", "absolute"]
 Query = Literal["latest", "draft"]
+Solver = Literal["renoise", "unipc"]
+"""How a block goes from one denoising step to the next."""
 
 PAPER_STEPS = (1000, 750, 500, 250)
 """Denoising timesteps before the shift, as in the paper (arXiv 2606.02553)."""

@@ -252,6 +252,18 @@ class RetrievalMemory:
         Returns:
             [B, F * T, H, D].
         """
+        return self._attend(layer, q, k, v, (q_weight, k_weight, eps), lse=False)[0]
+
+    def attend_part(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """`attend`, as one part of an attention that is put together from several: also returns the natural log of
+        each row's sum of exponentials, float32 [B, F * T, H], -inf where the context is empty."""
+        out, lse = self._attend(layer, q, k, v, (None, None, 1e-6), lse=True)
+        assert lse is not None
+        return out, lse
+
+    def _attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, norm: tuple[Tensor | None, Tensor | None, float], lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
         if self._plan is None:
             raise RuntimeError(_NO_BLOCK)
         transfer = self.bank.transfer
@@ -269,7 +281,7 @@ class RetrievalMemory:
             if transfer.timeline is not None:
                 transfer.attends(layer)
         k_pages, v_pages = self.bank.k_pages[layer], self.bank.v_pages[layer]
-        return self._attention(layer, q, k, v, q_weight, k_weight, eps, k_pages, v_pages, self._tables)
+        return self._attention(layer, q, k, v, *norm, k_pages, v_pages, self._tables, lse)
 
     def rewrite(self, layer: int, frames: Iterable[int], k: Tensor, v: Tensor) -> None:
         """Replace keys, already normalised, and values [B, F, T, H, D] of earlier frames; dropped frames are skipped.

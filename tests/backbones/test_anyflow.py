@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,18 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from longlive_rag import RetrievalConfig, patch
+from longlive_rag.backbones.families import anyflow
+from longlive_rag.index import LatentIndex
+from longlive_rag.selection import Request
 
 diffusers = pytest.importorskip("diffusers", minversion="0.42")
 TOKENS = 128
 """Of a latent frame. Where a chunk is no multiple of 128, diffusers pads the keys with zeros that count as tokens."""
-CONFIG = RetrievalConfig(context_frames=5, sink_frames=1, memory_frames=2, recency_guard=0, block_frames=2)
+CONFIG = RetrievalConfig(
+    context_frames=8, sink_frames=0, memory_frames=2, recency_guard=0, block_frames=2, positions="absolute"
+)
+"""Two frames of memory beside three chunks of two frames in full."""
 
 
-def transformer(full_chunk_limit: int) -> Any:
+def transformer(full_chunk_limit: int, layers: int = 2) -> Any:
     torch.manual_seed(0)
     return diffusers.AnyFlowFARTransformer3DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=8, freq_dim=16,
-        ffn_dim=32, num_layers=2, full_chunk_limit=full_chunk_limit,
+        ffn_dim=32, num_layers=layers, full_chunk_limit=full_chunk_limit,
     ).eval()  # fmt: skip
 
 
@@ -38,7 +45,7 @@ def generate(model: Any, partition: list[int], seed: int = 0, batch: int = 1) ->
             "full_cache": torch.zeros(2, batch, 2, limit * max(partition) * TOKENS, 16),
             "compressed_cache": torch.zeros(2, batch, 2, len(partition) * max(partition) * TOKENS // 4, 16),
         }
-        for layer in range(2)
+        for layer in range(len(model.blocks))
     }
     output = torch.zeros(noise.shape)
     for chunk, frames in enumerate(partition):
@@ -62,15 +69,64 @@ def generate(model: Any, partition: list[int], seed: int = 0, batch: int = 1) ->
     return output
 
 
-def test_without_memory_a_full_window_is_the_model_s_own() -> None:
-    """As long as nothing is compressed: what memory replaces is the compressed past."""
-    model, partition = transformer(full_chunk_limit=4), [1, 2, 2, 1]
+def test_native_is_the_model_s_own_to_the_last_bit() -> None:
+    """The compressed past among it."""
+    model, partition = transformer(full_chunk_limit=3), [1, 2, 2, 2, 2, 1]
     expected = generate(model, partition)
-    native = RetrievalConfig(context_frames=6, sink_frames=0, memory_frames=0, block_frames=2, positions="absolute")
-    with patch(model, native) as patched:
-        torch.testing.assert_close(generate(model, partition), expected, atol=1e-5, rtol=1e-5)
-        assert patched.family == "AnyFlow FAR"
+    with patch(model, "native") as patched:
+        assert torch.equal(generate(model, partition), expected)
+        assert patched.family == "AnyFlow FAR" and patched.used and patched.retrieved == []
+        assert patched.config.memory_frames == 0 and patched.config.context_frames == 9  # 3 chunks of at most 3
     assert torch.equal(generate(model, partition), expected)
+
+
+def test_until_something_is_retrieved_the_model_s_own_to_the_last_bit() -> None:
+    model, partition = transformer(full_chunk_limit=3), [1, 2, 2, 2, 2, 2]
+    expected = generate(model, partition)
+    with patch(model, CONFIG) as patched:
+        video = generate(model, partition)
+        first = patched.retrieved[0].block_start
+        assert first == 5 and torch.equal(video[:, :first], expected[:, :first])
+        assert not torch.equal(video[:, first:], expected[:, first:])
+
+
+class Nothing:
+    """A selection that brings nothing back."""
+
+    def select(self, request: Request, index: LatentIndex) -> tuple[Tensor, Tensor]:
+        shape = (request.query.shape[0], request.k)
+        return torch.full(shape, -1, dtype=torch.int32), torch.zeros(shape)
+
+
+def test_parts_add_up_to_the_model_s_own_attention() -> None:
+    """With an empty memory: what the model sees by itself is computed here, and by diffusers."""
+    model, partition = transformer(full_chunk_limit=3), [1, 2, 2, 2, 2, 2]
+    expected = generate(model, partition)
+    with patch(model, CONFIG, selection=Nothing()):
+        # The same operations in the same order, but for the logarithms of the sums that are asked for as well.
+        torch.testing.assert_close(generate(model, partition), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_what_memory_brings_back_takes_part_in_the_same_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two chunks in full, and all before them from memory, are all chunks in full, once the compressed ones are left
+    out. Of one layer, whose keys depend on its own input alone."""
+    partition = [2, 2, 2, 2]
+    expected = generate(transformer(full_chunk_limit=5, layers=1), partition)
+    of_chunk = anyflow._own_attention
+
+    def without_compressed(q: Tensor, k: Tensor, v: Tensor, rotary: Any, cache: Any, flag: Any) -> Any:
+        compressed = flag["num_cached_compressed_tokens"]
+        rotary = {"query": rotary["query"], "key": rotary["key"][:, :, compressed:]}
+        return of_chunk(q, k, v, rotary, cache, {**flag, "num_cached_compressed_tokens": 0})
+
+    monkeypatch.setattr(anyflow, "_own_attention", without_compressed)
+    config = replace(CONFIG, memory_frames=4)
+    model = transformer(full_chunk_limit=2, layers=1)
+    with patch(model, config) as patched:
+        video = generate(model, partition)
+        assert [sorted(entry.frames[0]) for entry in patched.retrieved] == [[0, 1], [0, 1, 2, 3]]
+    # Sums of a thousand products in float32, in another order.
+    torch.testing.assert_close(video, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_memory_comes_back() -> None:
@@ -79,13 +135,13 @@ def test_memory_comes_back() -> None:
     patched = patch(model, CONFIG)
     video = generate(model, partition)
     starts = [entry.block_start for entry in patched.retrieved]
-    assert starts == [7, 9, 11]
+    assert starts == [5, 7, 9, 11]
     assert all(frame < entry.block_start - 4 for entry in patched.retrieved for frame in entry.frames[0])
     assert torch.isfinite(video).all() and not torch.allclose(video[:, -2:], before[:, -2:])
     # Another call of the pipeline is another video.
     assert not torch.equal(generate(model, partition, seed=1), video)
     assert torch.equal(generate(model, partition), video)
-    assert [len(earlier) for earlier in patched.earlier_videos] == [3, 3]
+    assert [len(earlier) for earlier in patched.earlier_videos] == [4, 4]
     patched.reset()
     assert patched.retrieved == [] and torch.equal(generate(model, partition), video)
     patched.unpatch()
@@ -96,14 +152,14 @@ def test_guidance_doubles_the_batch() -> None:
     model, partition = transformer(full_chunk_limit=3), [1, 2, 2, 2, 2, 2]
     with patch(model, CONFIG) as patched:
         generate(model, partition, batch=2)
-        assert [[len(frames) for frames in entry.frames] for entry in patched.retrieved] == [[2, 2]] * 2
+        assert [[len(frames) for frames in entry.frames] for entry in patched.retrieved] == [[1, 1]] + [[2, 2]] * 2
 
 
 def test_a_pipeline_and_a_compiled_transformer_are_looked_through() -> None:
     model, partition = transformer(full_chunk_limit=3), [1, 2, 2, 2, 2]
     with patch(SimpleNamespace(transformer=model), CONFIG) as patched:
         generate(model, partition)
-        assert [entry.block_start for entry in patched.retrieved] == [7]
+        assert [entry.block_start for entry in patched.retrieved] == [5, 7]
     compiled = torch.compile(model, backend="eager")
     with patch(compiled, CONFIG) as patched:
         # Only two chunks, since every other length of the past is compiled again.
@@ -160,4 +216,14 @@ def test_a_bidirectional_transformer_of_diffusers() -> None:
         ffn_dim=32, num_layers=1,
     )  # fmt: skip
     with pytest.raises(TypeError, match=r"^model must be causal, but WanTransformer3DModel is bidirectional"):
+        patch(model, CONFIG)
+
+
+def test_helios_has_no_keys_to_keep() -> None:
+    """Its history passes through every layer again in every pass, as latents."""
+    model = diffusers.HeliosTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=8, freq_dim=16,
+        ffn_dim=32, num_layers=1, rope_dim=(4, 6, 6),
+    )  # fmt: skip
+    with pytest.raises(TypeError, match=r"HeliosTransformer3DModel is bidirectional: its attention takes no key-value"):
         patch(model, CONFIG)

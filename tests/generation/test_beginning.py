@@ -186,5 +186,5 @@ def test_a_prompt_holds_from_its_time_on(tmp_path: Path, monkeypatch: pytest.Mon
     assert np.array_equal(changed[:21], same[:21]) and not np.array_equal(changed[21:25], same[21:25])
     with pytest.raises(ValueError, match="before the video's end, got a change at 60s"):
         make(tiny_pipeline(), tmp_path / "late", None, [PROMPTS[0], (60.0, PROMPTS[1][1])])
-    with pytest.raises(ValueError, match="the latents to begin with must be .n, 16, 4, 4., n a multiple of 1 below 12"):
+    with pytest.raises(ValueError, match="to begin with must be .n, 16, 4, 4., n 1 or a multiple of 1 below 12"):
         make(tiny_pipeline(), tmp_path / "long", lambda: torch.zeros(12, 16, 4, 4))

@@ -39,6 +39,13 @@ def save_original_folder(folder: Path) -> None:
     save_tokenizer(folder / "google" / "umt5-xxl")
 
 
+def save_5b_folder(folder: Path) -> None:
+    """Text encoder, tokenizer and VAE as in Wan-AI/Wan2.2-TI2V-5B."""
+    save_original_folder(folder)
+    (folder / "Wan2.1_VAE.pth").unlink()
+    torch.save(trace("wan22_vae", "vae.")[0], folder / "Wan2.2_VAE.pth")
+
+
 def save_diffusers_folder(folder: Path) -> None:
     """The same parts as in Wan-AI/Wan2.1-T2V-1.3B-Diffusers."""
     from longlive_rag.generation.text_encoder import PromptEncoder

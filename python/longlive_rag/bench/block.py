@@ -40,6 +40,7 @@ def measure(machine: Machine, case: str, arguments: dict[str, Any], latent: tupl
             model = CausalWanModel.from_size(**arguments) if "size" in arguments else CausalWanModel(**arguments)
         finally:
             torch.set_default_dtype(torch.float32)
+    model.fuse()  # as a checkpoint is, once it is loaded
     prompt = model.prepare_prompt(torch.randn(1, model.text_len, model.text_dim, device=machine.device).to(dtype))
 
     def seconds(config: RetrievalConfig, *, graph: bool = True) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from longlive_rag.budget import Budget, BudgetOptions, format_bytes
-from longlive_rag.config import PAPER_STEPS, RetrievalConfig
+from longlive_rag.config import PAPER_STEPS, RetrievalConfig, Solver
 from longlive_rag.files import output_folder
 from longlive_rag.generation.prompts import Script, enumerate_videos, read_scripts, script_of
 from longlive_rag.generation.wan_files import (
@@ -64,22 +64,25 @@ class Generate:
         ),
         "weights": ("backbone", "wan_dir", "checkpoint", "weights", "decoder", "lora", "lora_alpha", "embedding"),
         "context policy": ("policy",),
-        "sampling": ("denoising_steps", "timestep_shift", "context_noise", "seed"),
-        "machine": ("device", "dtype", "sequence_parallel", "shard_weights", "low_memory", "memory", "rebuild"),
+        "sampling": ("denoising_steps", "timestep_shift", "solver", "context_noise", "seed"),
+        "machine": (
+            "device", "dtype", "compile", "sequence_parallel", "shard_weights", "low_memory", "memory", "rebuild",
+        ),
     }
     # fmt: on
 
-    backbone: Literal["self-forcing", "causal-forcing", "longlive", "wan"]
+    backbone: Literal["self-forcing", "causal-forcing", "longlive", "longlive2", "wan"]
     """Family of the checkpoint; wan is any other causal few-step model with Wan's transformer."""
     wan_dir: Path
-    """Folder with the text encoder, tokenizer and VAE of Wan2.1-T2V-1.3B, in Wan's or diffusers' layout."""
+    """Folder with the text encoder, tokenizer and VAE of Wan2.1-T2V-1.3B, for longlive2 of Wan2.2-TI2V-5B, in Wan's or
+    diffusers' layout."""
     output: Path
     """Folder for the videos; created if it is missing."""
     checkpoint: Path | None = None
     """Weights of the transformer: .pt, .safetensors, an index of shards, or a folder."""
     decoder: Literal["wan", "tiny"] = "wan"
     """What makes pictures of latents: Wan's VAE, or taehv's imitation of it, much faster and less sharp, whose file
-    taew2_1 must lie in --wan-dir."""
+    taew2_1, or taew2_2 for longlive2, must lie in --wan-dir."""
     lora: Path | None = None
     """LoRA to merge into the weights (LongLive has one)."""
     lora_alpha: float | None = None
@@ -94,7 +97,7 @@ class Generate:
     """Text file with one prompt per line, for one video each; in a line, @10s stands before a prompt for the time from
     then on."""
     image: Path | None = None
-    """Picture that each video begins with; it is held for the first block."""
+    """Picture that each video begins with; it is held for the first block, or for longlive2 the first latent frame."""
     video: Path | None = None
     """Video, of the same frame rate, that each video goes on from: it begins with the end of that one."""
     seconds: float = 30.0
@@ -113,6 +116,8 @@ class Generate:
     """Timesteps in descending order from 1000, before the shift."""
     timestep_shift: float = 5.0
     """Shift of the noise schedule."""
+    solver: Solver = "renoise"
+    """From step to step: fresh noise on the clean prediction, or UniPC, LongLive 2's sampler."""
     context_noise: float = 0.0
     """Timestep of the clean pass, which writes the keys and values that later blocks attend to."""
     seed: int = 0
@@ -121,6 +126,9 @@ class Generate:
     """cpu, cuda, cuda:N or auto: the GPU if there is one, under torchrun that of the process."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Precision of weights and memory; auto is bfloat16 on a GPU and float32 on a CPU."""
+    compile: bool = False
+    """Compile the transformer with torch.compile: the first block waits for it, and later runs find it on disk. The
+    video is another one in its last bits."""
     sequence_parallel: int = 1
     """Processes, of those that torchrun starts, that make each video together; must divide the attention heads. Memory
     options are for each of them."""
@@ -148,6 +156,11 @@ class Generate:
 
         if self.shard_weights and self.sequence_parallel < 2:
             raise ValueError("shard_weights needs several processes for a video: give sequence_parallel too")
+        if self.compile and self.sequence_parallel > 1:
+            raise ValueError(
+                f"compile must be off with sequence_parallel, whose exchange between ranks is not compiled, got "
+                f"sequence_parallel={self.sequence_parallel}"
+            )
         settings, scripts = self.settings(), self._scripts()
         for script in scripts:
             if script.changes and script.changes[-1][0] >= self.seconds:
@@ -159,14 +172,17 @@ class Generate:
         for name, path in (("lora", self.lora), ("embedding", self.embedding)):
             if path is not None and not path.exists():
                 raise FileNotFoundError(f"{name} file {path} does not exist")
-        files = find_wan_files(self.wan_dir)
+        files = find_wan_files(self.wan_dir, self.backbone)
         if self.decoder == "tiny":
-            find_tiny_decoder(self.wan_dir)
+            find_tiny_decoder(self.wan_dir, self.backbone)
         for package in ("diffusers", "transformers", "ftfy"):
             importlib.import_module(package)
         published_lora = BACKBONES[self.backbone].lora
         if published_lora is not None and self.lora is None:
             print(f"Note: without --lora. {self.backbone} is a base and {from_where([published_lora], Path('.'))}")
+        unlike = self._unlike_published()
+        if unlike:
+            print(f"Note: {self.backbone} is published with {unlike}.")
         budget = replace(self.memory.budget, rebuild=self.rebuild)
         ranks = Ranks.from_environment()
         device = self.torch_device(ranks)
@@ -179,6 +195,8 @@ class Generate:
             "lora_alpha": self.lora_alpha,
             "embedding": self.embedding.name if self.embedding else None,
             "dtype": str(dtype).removeprefix("torch."),
+            "compile": self.compile or None,
+            "solver": None if self.solver == "renoise" else self.solver,
             "decoder": None if self.decoder == "wan" else self.decoder,
             "beginning": beginning.identity if beginning else None,
         }
@@ -233,9 +251,22 @@ class Generate:
             fps=self.fps,
             height=self.height,
             width=self.width,
-            sampling=Sampling(self.denoising_steps, self.timestep_shift, self.context_noise, self.seed),
+            sampling=Sampling(
+                self.denoising_steps, self.timestep_shift, self.context_noise, self.seed, solver=self.solver
+            ),
             policy=self.policy,
         )
+
+    def _unlike_published(self) -> str:
+        """The options that would make the backbone's published settings of these."""
+        given = {**vars(self.policy), **vars(self)}
+        options = []
+        for name, value in BACKBONES[self.backbone].settings.items():
+            if given[name] != value:
+                values = value if isinstance(value, tuple) else (value,)
+                words = (f"{each:g}" if isinstance(each, float) else str(each) for each in values)
+                options.append(f"--{name.replace('_', '-')} {' '.join(words)}")
+        return " ".join(options)
 
     def _scripts(self) -> list[Script]:
         if (self.prompt is None) == (self.prompts is None):
@@ -255,7 +286,7 @@ class Generate:
             if path is not None and not path.is_file():
                 raise FileNotFoundError(f"{name} file {path} does not exist")
         if self.image is not None:
-            return from_image(self.image, settings)
+            return from_image(self.image, settings, one_frame=BACKBONES[self.backbone].image_is_a_frame)
         return None if self.video is None else from_video(self.video, settings)
 
     def torch_dtype(self, device: torch.device) -> torch.dtype:
@@ -317,6 +348,7 @@ class Generate:
         import torch
 
         from longlive_rag.embedding import AveragePool, Embedding, LatentAutoencoder
+        from longlive_rag.generation.compilation import compile_model
         from longlive_rag.generation.pipeline import Pipeline
         from longlive_rag.generation.tiny_decoder import TinyDecoder
         from longlive_rag.generation.wan_vae import StreamingDecoder
@@ -337,6 +369,8 @@ class Generate:
                 f"{checkpoint} takes prompt embeddings of width {model.text_dim}, but the text encoder in "
                 f"{self.wan_dir} makes {text_dim}"
             )
+        if self.compile:
+            compile_model(model)
         embedding: Embedding = AveragePool()
         if self.embedding is not None:
             autoencoder = LatentAutoencoder.from_checkpoint(self.embedding).to(device)
@@ -351,7 +385,7 @@ class Generate:
         where = device if first else torch.device("cpu")
         decoder: Decoder
         if self.decoder == "tiny":
-            decoder = TinyDecoder.from_file(find_tiny_decoder(self.wan_dir), device=where, dtype=dtype)
+            decoder = TinyDecoder.from_file(find_tiny_decoder(self.wan_dir, self.backbone), device=where, dtype=dtype)
         else:
             decoder = StreamingDecoder.from_files(files, device=where, dtype=dtype)
         low_memory = self.low_memory and first

@@ -165,7 +165,7 @@ class Serve:
             dtype=self.dtype,
         )
         settings = like.settings()
-        checkpoint, files = find_checkpoint(self.backbone, self.checkpoint), find_wan_files(self.wan_dir)
+        checkpoint, files = find_checkpoint(self.backbone, self.checkpoint), find_wan_files(self.wan_dir, self.backbone)
         device = like.torch_device(Ranks())
         dtype = like.torch_dtype(device)
         encoder_dtype = torch.float32 if dtype is torch.float32 else torch.bfloat16  # in float16 UMT5 overflows

@@ -18,12 +18,12 @@ from longlive_rag.generation.settings import VideoSettings
 from longlive_rag.generation.video import Frames, VideoReader
 
 _PICTURES = 4
-"""Pictures of a latent frame of Wan 2.1 after the first, which is of one."""
+"""Pictures of a latent frame of Wan's VAEs after the first, which is of one."""
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """What a video begins with, as whole blocks.
+    """What a video begins with, as whole blocks or a single latent frame.
 
     Attributes:
         identity: what tells it from others: a digest of the file.
@@ -36,8 +36,11 @@ class Beginning:
     pictures: Callable[[], Iterator[Frames]]
 
 
-def from_image(path: Path, settings: VideoSettings) -> Beginning:
+def from_image(path: Path, settings: VideoSettings, *, one_frame: bool = False) -> Beginning:
     """A picture that is held for the first block, cut to the video's proportions.
+
+    Args:
+        one_frame: it is the first latent frame alone, around which the rest of the block is made.
 
     Raises:
         OSError: the file cannot be read.
@@ -50,7 +53,7 @@ def from_image(path: Path, settings: VideoSettings) -> Beginning:
     except UnidentifiedImageError as error:
         raise ValueError(f"image must be a picture, got {path}: {error}") from error
     fitted = _fitted(picture, settings)
-    frames = settings.policy.block_frames
+    frames = 1 if one_frame else settings.policy.block_frames
     _check_length("image", frames, settings)
     return Beginning(identity, frames, lambda: (fitted for _ in range(_pictures(frames))))
 
@@ -95,8 +98,10 @@ def encode(vae: Any, pictures: Iterable[Frames]) -> Tensor:
         pictures: uint8 [H, W, 3], 4 n - 3 of them.
 
     Returns:
-        [n, C, H / 8, W / 8] float32 on the CPU, normalised as the transformer's.
+        [n, C, H / 8, W / 8], or / 16 for Wan 2.2's 5B, float32 on the CPU, normalised as the transformer's.
     """
+    from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
+
     weight = next(vae.parameters())
     vae.clear_cache()
     cache = vae._enc_feat_map
@@ -105,6 +110,8 @@ def encode(vae: Any, pictures: Iterable[Frames]) -> Tensor:
     left = iter(pictures)
     while group := list(islice(left, _PICTURES if latents else 1)):
         x = torch.from_numpy(np.stack(group)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        if vae.config.patch_size is not None:
+            x = patchify(x, patch_size=vae.config.patch_size)
         moments = vae.quant_conv(vae.encoder(x.to(weight), feat_cache=cache, feat_idx=[0]))
         # The mean of the distribution: nothing is drawn.
         latents.append((moments[0, : vae.config.z_dim].transpose(0, 1).float().cpu() - mean) / std)

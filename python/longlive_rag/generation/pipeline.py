@@ -162,7 +162,8 @@ class Pipeline:
             path: `.mp4` file.
             facts: more entries for the JSON file, such as the prompt; all that decides what the video looks like and
                 is not in the settings must be among them.
-            begin: makes the latents [n, C, H, W] that the video begins with, whole blocks and not all of them; called
+            begin: makes the latents [n, C, H, W] that the video begins with, whole blocks and not all of them, or a
+                single frame, around which the rest of the first block is made; called
                 once at most, since the journal keeps them.
             replay: what each block shall retrieve, the entry `retrieved` of a JSON file; default what is most similar.
             overwrite: begin anew if the video was begun with other settings.
@@ -273,9 +274,10 @@ class Pipeline:
             journal.put_beginning(latents)
         frames = self.settings.policy.block_frames
         expected = (self.model.in_dim, *self.latent_size)
-        if latents.shape[1:] != expected or latents.shape[0] % frames or latents.shape[0] >= self.latent_frames:
+        whole = latents.shape[0] % frames == 0 or latents.shape[0] == 1
+        if latents.shape[1:] != expected or not whole or latents.shape[0] >= self.latent_frames:
             raise ValueError(
-                f"the latents to begin with must be [n, {', '.join(map(str, expected))}], n a multiple of {frames} "
+                f"latents to begin with must be [n, {', '.join(map(str, expected))}], n 1 or a multiple of {frames} "
                 f"below {self.latent_frames}, got {list(latents.shape)}"
             )
         return latents
@@ -303,8 +305,9 @@ class Pipeline:
     ) -> Iterator[FinishedBlock]:
         """All blocks, first those that are there."""
         settings, config = self.settings, self.settings.policy
-        beginning = finished.beginning
-        given = () if beginning is None else beginning[None].split(config.block_frames, dim=1)
+        beginning = None if finished.beginning is None else finished.beginning[None]
+        begins_in_block = beginning is not None and beginning.shape[1] < config.block_frames
+        given = () if beginning is None or begins_in_block else beginning.split(config.block_frames, dim=1)
         made_blocks = max(finished.blocks, len(given))
         block_shape = (1, config.block_frames, self.model.in_dim, *self.latent_size)
 
@@ -333,6 +336,7 @@ class Pipeline:
             embedding=self.embedding,
             selection=ReplaySelection(chosen, SimilaritySelection()),
             given=chain(recorded, given[finished.blocks :]),
+            first=beginning if begins_in_block else None,
             budget=finished.budget,
             group=self.team.group,
         )

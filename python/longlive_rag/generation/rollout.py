@@ -13,7 +13,8 @@ from longlive_rag.bank import Usage
 from longlive_rag.budget import Budget, format_bytes
 from longlive_rag.config import PAPER_STEPS, RetrievalConfig
 from longlive_rag.embedding import AveragePool, Embedding
-from longlive_rag.generation.sampling import PAPER_SAMPLING, FreshNoise, Renoise, Sampling, denoise
+from longlive_rag.generation.sampling import PAPER_SAMPLING, FreshNoise, Renoise, Sampling
+from longlive_rag.generation.solving import matching_first, solve
 from longlive_rag.memory import Retrieval, RetrievalMemory
 from longlive_rag.models import CausalWanModel
 from longlive_rag.models.causal_wan import Attention, Prompt
@@ -71,6 +72,7 @@ def stream(
     embedding: Embedding | None = None,
     selection: Selection | None = None,
     given: Tensor | Iterable[Tensor] | None = None,
+    first: Tensor | None = None,
     budget: Budget | None = None,
     group: Group | None = None,
 ) -> Iterator[FinishedBlock]:
@@ -86,6 +88,8 @@ def stream(
         selection: which frames come back; default the most similar ones.
         given: latents [B, n, C, H, W], whole blocks, that take the place of the first n frames; or these blocks one at
             a time.
+        first: latents [B, n, C, H, W] that the first block begins with, fewer than it has: the others are denoised
+            around them, as models of image-to-video are trained to. Unless that block is given.
         budget: of the memory, in bytes (see `RetrievalMemory`); with a group, of each rank's.
         group: the ranks that make this video together, all with the same arguments: each computes a share of the tokens
             and attends with a share of the heads, whose number it must divide. Every rank yields the whole result.
@@ -120,7 +124,7 @@ def stream(
         selection=selection,
         budget=budget,
     )
-    return _blocks(model, noise, _prompter(prompt_embeds), sampling, given, open_memory, shards)
+    return _blocks(model, noise, _prompter(prompt_embeds), sampling, given, first, open_memory, shards)
 
 
 @torch.no_grad()
@@ -130,6 +134,7 @@ def _blocks(
     prompt_at: Steering,
     sampling: Sampling,
     given: Tensor | Iterable[Tensor] | None,
+    first: Tensor | None,
     open_memory: Callable[..., RetrievalMemory],
     shards: Shards | None,
 ) -> Iterator[FinishedBlock]:
@@ -183,7 +188,8 @@ def _blocks(
                 if memory.config.query == "draft":
                     memory.ask(clean)
             else:
-                for step, clean in enumerate(denoise(predict, block_noise, sampling.timesteps, fresh_noise)):
+                begun = None if first is None or start else matching_first(first, block_noise)
+                for step, clean in enumerate(solve(predict, block_noise, sampling, fresh_noise, begun)):
                     if step == 0 and memory.config.query == "draft":
                         memory.ask(clean)
             predict(clean, _context_timestep(clean, sampling))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from longlive_rag.config import PAPER_STEPS
+from longlive_rag.config import PAPER_STEPS, Solver
 
 STEPS = 1000
 
@@ -50,9 +51,18 @@ class Sampling:
     that a batch gives what single runs give."""
     renoise: Renoise | None = None
     """Supplies the fresh noise instead of these generators."""
+    solver: Solver = "renoise"
+    """From step to step: fresh noise on the clean prediction (Self-Forcing and relatives), or UniPC (LongLive 2)."""
 
     def __post_init__(self) -> None:
         warp_steps(self.denoising_steps, self.timestep_shift)
+        if self.solver not in get_args(Solver):
+            raise ValueError(f"solver must be one of {', '.join(get_args(Solver))}, got {self.solver!r}")
+        if self.solver == "unipc" and self.denoising_steps[0] >= STEPS:
+            raise ValueError(
+                f"denoising_steps must begin below {STEPS} for solver unipc, as 999 of LongLive 2 does, got "
+                f"{self.denoising_steps[0]:g}"
+            )
         if not 0 <= self.context_noise <= STEPS:
             raise ValueError(f"context_noise must be a timestep from 0 to {STEPS}, got {self.context_noise}")
         if not 0 <= self.seed < 2**63:

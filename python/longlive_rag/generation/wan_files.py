@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -32,13 +33,20 @@ class PublishedFamily:
         checkpoint: the published file; None if there is no single one.
         weight_keys: entries of the file that may hold the weights, starting with the one that its authors evaluate.
         lora: the adapter that belongs to it, if any.
+        repository: with the text encoder, tokenizer and VAE that belong to it.
+        settings: of the video, by the names of options, that its authors publish where they are not the defaults.
+        image_is_a_frame: whether it goes on from a picture as the first latent frame, within the first block.
     """
 
     checkpoint: Source | None
     weight_keys: tuple[str, ...]
     lora: Source | None = None
+    repository: str = "Wan-AI/Wan2.1-T2V-1.3B"
+    settings: Mapping[str, object] = field(default_factory=dict)
+    image_is_a_frame: bool = False
 
 
+WAN_5B = "Wan-AI/Wan2.2-TI2V-5B"
 BACKBONES = {
     "self-forcing": PublishedFamily(
         Source("gdhe17/Self-Forcing", "checkpoints/self_forcing_dmd.pt", "about 5.7 GB"),
@@ -53,17 +61,41 @@ BACKBONES = {
         ("generator", "generator_ema", "model"),
         Source("Efficient-Large-Model/LongLive-1.3B", "models/lora.pt", "about 1.4 GB"),
     ),
+    "longlive2": PublishedFamily(
+        Source("Efficient-Large-Model/LongLive-2.0-5B", "model_bf16.pt", "about 10 GB"),
+        ("generator", "generator_ema", "model"),
+        repository=WAN_5B,
+        settings={
+            "height": 704,
+            "width": 1280,
+            "fps": 24.0,
+            "solver": "unipc",
+            "denoising_steps": (999.0, 749.25, 499.5, 249.75),
+            "context_frames": 32,
+            "sink_frames": 8,
+            "block_frames": 8,
+            "positions": "absolute",
+        },
+        image_is_a_frame=True,
+    ),
     "wan": PublishedFamily(None, ("generator_ema", "generator", "model", "state_dict")),
 }
 
-_REPOSITORY = "Wan-AI/Wan2.1-T2V-1.3B"
-_TEXT_ENCODER = Source(_REPOSITORY, "models_t5_umt5-xxl-enc-bf16.pth", "11.4 GB")
-_TOKENIZER = Source(_REPOSITORY, "google/umt5-xxl", "21 MB")
-_VAE = Source(_REPOSITORY, "Wan2.1_VAE.pth", "0.5 GB")
-_DIFFUSERS_REPOSITORY = f"{_REPOSITORY}-Diffusers"
-_DIFFUSERS_TEXT_ENCODER = Source(_DIFFUSERS_REPOSITORY, "text_encoder", "22.7 GB")
-_DIFFUSERS_TOKENIZER = Source(_DIFFUSERS_REPOSITORY, "tokenizer", "21 MB")
-_DIFFUSERS_VAE = Source(_DIFFUSERS_REPOSITORY, "vae", "0.5 GB")
+_VAES = {"Wan-AI/Wan2.1-T2V-1.3B": ("Wan2.1_VAE.pth", "0.5 GB"), WAN_5B: ("Wan2.2_VAE.pth", "about 2.8 GB")}
+"""Of each repository: the VAE's file, and its size, that of the 5B model's in float32 by its number of parameters."""
+
+
+def _sources(repository: str, *, diffusers: bool) -> tuple[Source, Source, Source]:
+    """Text encoder, tokenizer and VAE."""
+    vae, size = _VAES[repository]
+    if diffusers:
+        text_size = "11.4 or 22.7 GB" if repository == WAN_5B else "22.7 GB"
+        repository = f"{repository}-Diffusers"
+        parts = ("text_encoder", text_size), ("tokenizer", "21 MB"), ("vae", size)
+    else:
+        parts = ("models_t5_umt5-xxl-enc-bf16.pth", "11.4 GB"), ("google/umt5-xxl", "21 MB"), (vae, size)
+    text_encoder, tokenizer, autoencoder = (Source(repository, file, size) for file, size in parts)
+    return text_encoder, tokenizer, autoencoder
 
 
 @dataclass(frozen=True)
@@ -80,17 +112,20 @@ class WanFiles:
     vae: Path
 
 
-def find_wan_files(folder: Path) -> WanFiles:
+def find_wan_files(folder: Path, backbone: str = "self-forcing") -> WanFiles:
     """Find text encoder, tokenizer and VAE in a folder of Wan's own or diffusers' layout, without reading them.
+
+    Args:
+        backbone: a name of `BACKBONES`. "wan" takes Wan 2.2's VAE where there is one, and Wan 2.1's otherwise.
 
     Raises:
         FileNotFoundError: one is missing; the message says which one, where to download it, and its size.
     """
     diffusers = any((folder / part).exists() for part in ("model_index.json", "text_encoder", "vae"))
-    if diffusers:
-        sources = (_DIFFUSERS_TEXT_ENCODER, _DIFFUSERS_TOKENIZER, _DIFFUSERS_VAE)
-    else:
-        sources = (_TEXT_ENCODER, _TOKENIZER, _VAE)
+    repository = BACKBONES[backbone].repository
+    if backbone == "wan" and (folder / _VAES[WAN_5B][0]).exists():
+        repository = WAN_5B
+    sources = _sources(repository, diffusers=diffusers)
     missing = [source for source in sources if not (folder / source.file).exists()]
     if missing:
         lacks = (
@@ -100,19 +135,20 @@ def find_wan_files(folder: Path) -> WanFiles:
     return WanFiles(*(folder / source.file for source in sources))
 
 
-_TINY_DECODERS = ("taew2_1.safetensors", "taew2_1.pth")
-
-
-def find_tiny_decoder(folder: Path) -> Path:
-    """The tiny decoder in a Wan folder.
+def find_tiny_decoder(folder: Path, backbone: str = "self-forcing") -> Path:
+    """The tiny decoder in a Wan folder: taew2_2 for Wan 2.2's 5B, taew2_1 otherwise.
 
     Raises:
         FileNotFoundError: there is none; the message says where it is published.
     """
-    found = next((folder / name for name in _TINY_DECODERS if (folder / name).is_file()), None)
+    stem = "taew2_2" if BACKBONES[backbone].repository == WAN_5B else "taew2_1"
+    names = [f"{stem}.safetensors", f"{stem}.pth"]
+    if backbone == "wan":
+        names += ["taew2_2.safetensors", "taew2_2.pth"]
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
         raise FileNotFoundError(
-            f"decoder tiny needs {' or '.join(_TINY_DECODERS)} (about 45 MB) in {folder}; it is published at "
+            f"decoder tiny needs {' or '.join(names)} (about 45 MB) in {folder}; it is published at "
             f"https://github.com/madebyollin/taehv"
         )
     return found

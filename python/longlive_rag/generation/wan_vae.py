@@ -1,4 +1,4 @@
-"""Latents to pictures, block by block: the decoder of Wan's causal VAE."""
+"""Latents to pictures, block by block: the decoder of Wan's causal VAEs, 2.1 and 2.2."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from longlive_rag.generation.decoder import Decoder, check_latents, in_bytes
+from longlive_rag.generation.residual_vae import is_residual, residual_config, residual_name
 from longlive_rag.generation.wan_files import WanFiles
 from longlive_rag.models.checkpoints import load_strict
 from longlive_rag.models.tensor_files import read_tensors
@@ -96,7 +97,7 @@ class StreamingDecoder(Decoder):
 
 
 def load_vae(files: WanFiles, *, device: torch.device | str, dtype: torch.dtype) -> Any:
-    """diffusers' `AutoencoderKLWan` from a Wan folder; see `StreamingDecoder.from_files`."""
+    """diffusers' `AutoencoderKLWan` from a Wan folder, 2.1 or 2.2's 5B; see `StreamingDecoder.from_files`."""
     from diffusers import AutoencoderKLWan
 
     path = files.vae
@@ -106,10 +107,14 @@ def load_vae(files: WanFiles, *, device: torch.device | str, dtype: torch.dtype)
     else:
         from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
-        for name in ("encoder.conv1.weight", "conv2.weight"):
+        residual = is_residual(state)
+        for name in ("encoder.conv1.weight", "conv2.weight", *(["decoder.conv1.weight"] if residual else [])):
             if name not in state:
                 raise ValueError(f"{path} holds no Wan VAE: it lacks {name}")
         config = {"base_dim": state["encoder.conv1.weight"].shape[0], "z_dim": state["conv2.weight"].shape[0]}
+        if residual:
+            config = residual_config(state)
+            state = {residual_name(name): tensor for name, tensor in state.items()}
         state = convert_wan_vae_to_diffusers(state)
     with torch.device("meta"):
         vae = AutoencoderKLWan.from_config(config)

@@ -7,7 +7,8 @@ cache and knows no context policy: self-attention goes through an ``Attention`` 
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,9 @@ SIZES: dict[str, dict[str, int]] = {
 
 Prompt = list[tuple[Tensor, Tensor]]
 """Cross-attention keys and values of one prompt per layer, each [B, heads, text_len, head_dim]."""
+
+QKV, PARTS = ("q", "k", "v"), ("weight", "bias")
+"""The projections that `CausalWanModel.fuse` makes one, and their parameters."""
 
 
 class Attention(Protocol):
@@ -80,6 +84,7 @@ class CausalWanModel(nn.Module):
         self.dim, self.freq_dim, self.text_dim, self.text_len = dim, freq_dim, text_dim, text_len
         self.num_heads, self.num_layers, self.head_dim = num_heads, num_layers, dim // num_heads
         self.ffn_dim, self.in_dim, self.out_dim, self.eps = ffn_dim, in_dim, out_dim, eps
+        self.fused = False
         self.patch_size = (1, patch_size[1], patch_size[2])
 
         self.patch_embedding = nn.Conv3d(in_dim, dim, kernel_size=patch_size, stride=patch_size)
@@ -124,6 +129,24 @@ class CausalWanModel(nn.Module):
         text = self.text_embedding(padded.to(self.patch_embedding.weight.dtype))
         return [cast(Block, block).prepare_prompt(text) for block in self.blocks]
 
+    def fuse(self) -> None:
+        """Save launches, for weights that are whole and stay where they are; `state_dict` stays as it is.
+
+        Queries, keys and values of self-attention become one product, with one parameter, ``self_attn.qkv``, in each
+        layer, and modulation is added for all layers at once. Anything that names those three parameters, or splits
+        the weights over devices, comes before or goes without.
+        """
+        self.fused = True
+        for block in self.blocks:
+            cast(Block, block).self_attn.fuse_projections()
+
+    def _modulation(self, of_time: Tensor) -> Iterable[Modulation | Tensor]:
+        """What each block is given of what the timestep says, [B, F, 6, dim]."""
+        if not self.fused:
+            return [of_time] * self.num_layers
+        of_blocks = torch.cat([cast(Block, block).modulation for block in self.blocks])[:, None, None]
+        return map(Modulation._make, zip(*(each.unbind(0) for each in modulated(of_blocks, of_time)), strict=True))
+
     def forward(self, latents: Tensor, timestep: Tensor, prompt: Prompt, attention: Attention) -> Tensor:
         """Predict the flow of one block.
 
@@ -145,12 +168,12 @@ class CausalWanModel(nn.Module):
         x = self.patch_embedding(latents.to(dtype).transpose(1, 2))  # [B, dim, F, rows, columns]
         x = x.flatten(3).permute(0, 2, 3, 1)  # [B, F, T, dim]
         time = self.time_embedding(sinusoidal_embedding(timestep, self.freq_dim).to(dtype))  # [B, F, dim]
-        modulation = self.time_projection(time).unflatten(-1, (6, self.dim))  # [B, F, 6, dim]
+        modulation = self._modulation(self.time_projection(time).unflatten(-1, (6, self.dim)))
 
         if isinstance(attention, ShardedAttention):
             x = attention.own_tokens(x)
-        for block, (text_k, text_v) in zip(self.blocks, prompt, strict=True):
-            x = block(x, modulation, text_k, text_v, attention)
+        for block, of_block, (text_k, text_v) in zip(self.blocks, modulation, prompt, strict=True):
+            x = block(x, of_block, text_k, text_v, attention)
 
         x = self.head(x, time)  # [B, F, T, patch rows * patch columns * out_dim]
         if isinstance(attention, ShardedAttention):
@@ -158,6 +181,25 @@ class CausalWanModel(nn.Module):
         patch_rows, patch_columns = self.patch_size[1:]
         x = x.view(batch, frames, rows, columns, patch_rows, patch_columns, self.out_dim)
         return x.permute(0, 1, 6, 2, 4, 3, 5).reshape(batch, frames, self.out_dim, height, width).to(latents.dtype)
+
+
+class Modulation(NamedTuple):
+    """What the timestep does to a block, each [B, F, 1, dim]: ``norm(x) * scale + shift``, and gates."""
+
+    shift1: Tensor
+    scale1: Tensor
+    gate1: Tensor
+    shift2: Tensor
+    scale2: Tensor
+    gate2: Tensor
+
+
+def modulated(of_block: Tensor, of_time: Tensor) -> Modulation:
+    """From a block's own part [..., 6, dim] and the timestep's [B, F, 6, dim]: two launches, whatever the blocks."""
+    sums = of_block + of_time
+    scale1, scale2 = (1 + sums[..., 1::3, :]).unsqueeze(-2).unbind(-3)
+    shift1, _, gate1, shift2, _, gate2 = sums.unsqueeze(-2).unbind(-3)
+    return Modulation(shift1, scale1, gate1, shift2, scale2, gate2)
 
 
 class Block(nn.Module):
@@ -177,11 +219,16 @@ class Block(nn.Module):
         """Cross-attention's keys and values of the embedded prompt [B, text_len, dim]."""
         return self.cross_attn.prepare(text)
 
-    def forward(self, x: Tensor, modulation: Tensor, text_k: Tensor, text_v: Tensor, attention: Attention) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + modulation).unsqueeze(3).unbind(2)
-        x = x + gate1 * self.self_attn(self.norm1(x) * (1 + scale1) + shift1, attention)
+    def forward(
+        self, x: Tensor, modulation: Modulation | Tensor, text_k: Tensor, text_v: Tensor, attention: Attention
+    ) -> Tensor:
+        if isinstance(modulation, Tensor):
+            modulation = modulated(self.modulation, modulation)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        # A product and a sum in one launch, rounded once where they were rounded twice.
+        x = torch.addcmul(x, gate1, self.self_attn(torch.addcmul(shift1, self.norm1(x), scale1), attention))
         x = x + self.cross_attn(self.norm3(x), text_k, text_v)
-        return x + gate2 * self.ffn(self.norm2(x) * (1 + scale2) + shift2)
+        return torch.addcmul(x, gate2, self.ffn(torch.addcmul(shift2, self.norm2(x), scale2)))
 
 
 class SelfAttention(nn.Module):
@@ -192,13 +239,50 @@ class SelfAttention(nn.Module):
         self.layer, self.num_heads, self.eps = layer, num_heads, eps
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
+        self.qkv: nn.Linear | None = None
+        """In the place of q, k and v, once they are fused."""
+
+    @torch.no_grad()
+    def fuse_projections(self) -> None:
+        """See `CausalWanModel.fuse`."""
+        if self.qkv is not None:
+            return
+        weight, bias = (torch.cat([getattr(self.get_submodule(name), part) for name in QKV]) for part in PARTS)
+        with torch.device("meta"):
+            fused = nn.Linear(weight.shape[1], weight.shape[0])
+        trained = self.q.weight.requires_grad
+        fused.weight, fused.bias = nn.Parameter(weight, trained), nn.Parameter(bias, trained)
+        for name in QKV:
+            delattr(self, name)
+        self.qkv = fused
+        self.register_state_dict_post_hook(_split_projections)
+        self.register_load_state_dict_pre_hook(_join_projections)
 
     def forward(self, x: Tensor, attention: Attention) -> Tensor:
-        q, k, v = (projection(x).unflatten(-1, (self.num_heads, -1)) for projection in (self.q, self.k, self.v))
+        if self.qkv is None:
+            q, k, v = (projection(x).unflatten(-1, (self.num_heads, -1)) for projection in (self.q, self.k, self.v))
+        else:
+            # Strided over the tokens, which `ops.insert` reads as it is.
+            q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
         out = attention.attend(
             self.layer, q, k, v, q_weight=self.norm_q.weight, k_weight=self.norm_k.weight, eps=self.eps
         )
         return self.o(out.reshape(x.shape))
+
+
+def _split_projections(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """In a state_dict, q, k and v have their names and are views of their part."""
+    for part in PARTS:
+        for name, tensor in zip(QKV, state.pop(f"{prefix}qkv.{part}").chunk(3), strict=True):
+            state[f"{prefix}{name}.{part}"] = tensor
+
+
+def _join_projections(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """`_split_projections` the other way. What is missing, and whatever is misshapen, is left for torch to name."""
+    for part in PARTS:
+        names = [f"{prefix}{name}.{part}" for name in QKV]
+        if all(name in state for name in names):
+            state[f"{prefix}qkv.{part}"] = torch.cat([state.pop(name) for name in names])
 
 
 class CrossAttention(nn.Module):
@@ -233,7 +317,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         shift, scale = (self.modulation + time.unsqueeze(2)).unsqueeze(3).unbind(2)
-        return self.head(self.norm(x) * (1 + scale) + shift)
+        return self.head(torch.addcmul(shift, self.norm(x), 1 + scale))
 
 
 def sinusoidal_embedding(timestep: Tensor, dim: int) -> Tensor:

@@ -73,8 +73,8 @@ def load_causal_wan(
     """Build the model that a checkpoint holds; its sizes follow from the weights.
 
     Weights are read one at a time, so that there is never a second copy of the model in memory, and with a group not
-    even one. The number of heads
-    comes from a ``config.json`` next to safetensors; without one, every head is taken to be 128 wide.
+    even one. The model is then fused (`CausalWanModel.fuse`), unless its weights are split. The number of heads comes
+    from a ``config.json`` next to safetensors; without one, every head is taken to be 128 wide.
 
     Args:
         path: file, index of shards, or folder; see `tensor_files.checkpoint_file`.
@@ -111,6 +111,8 @@ def load_causal_wan(
         model = CausalWanModel(**_sizes(whole, path))
     if group is None:
         load_strict(model, state, path)
+        state.clear()  # so that fusing needs room for one layer's projections, not for all
+        model.fuse()
     else:
         from longlive_rag.parallel.weights import load_shares  # torch's FSDP takes long to import
 
