@@ -157,7 +157,7 @@ class Generate:
         if self.shard_weights and self.sequence_parallel < 2:
             raise ValueError("shard_weights needs several processes for a video: give sequence_parallel too")
         if self.compile and self.sequence_parallel > 1:
-            raise ValueError(f"compile needs sequence_parallel=1, exchanges are not compiled, got {self.sequence_parallel}")
+            raise ValueError(f"compile must be off with sequence_parallel, got {self.sequence_parallel} ranks")
         settings, scripts = self.settings(), self._scripts()
         for script in scripts:
             if script.changes and script.changes[-1][0] >= self.seconds:
