@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -77,8 +76,7 @@ class RetrievalMemory:
         self.device = torch.device(device)
         self._cuda = self.device.type == "cuda"
         self.selection = selection or SimilaritySelection()
-        rows, columns = grid
-        tokens = rows * columns
+        tokens = grid[0] * grid[1]
         page = frame_bytes(layers=layers, heads=heads, tokens=tokens, head_dim=head_dim, dtype=dtype)
         needed = batch * config.context_frames * page
         if budget.device is not None and budget.device < needed:
@@ -88,9 +86,8 @@ class RetrievalMemory:
                 f"{format_bytes(budget.device)}"
             )
         self.index = LatentIndex()
-        self._forgetting = (
-            Forgetting(self.index, batch, config.sink_frames) if budget.forget and not budget.rebuild else None
-        )
+        forgets = budget.forget and not budget.rebuild
+        self._forgetting = Forgetting(self.index, batch, config.sink_frames) if forgets else None
         self.bank = FrameBank(
             layers=layers,
             batch=batch,
@@ -107,7 +104,7 @@ class RetrievalMemory:
         )
         self.retrieved: list[Retrieval] = []
         """One entry for each block that retrieved something."""
-        self._rotation = rotary.spatial_rotation(rows, columns, head_dim, device)
+        self._rotation = rotary.spatial_rotation(*grid, head_dim, device)
         self._wan_frequencies = rotary.temporal_frequencies(head_dim, device)
         self._frequencies = self._wan_frequencies.clone()
         if budget.rebuild:
@@ -337,9 +334,7 @@ class RetrievalMemory:
     def __enter__(self) -> RetrievalMemory:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _is_captured(self) -> bool:
