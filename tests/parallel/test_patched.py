@@ -44,6 +44,16 @@ def double(family: str, config: RetrievalConfig = CONFIG, **options: Any) -> Cal
     return make
 
 
+def out_of_inference_mode(group: Any, ranks: int) -> Made:
+    """What lives on from a video that was made in it must serve the next one."""
+    torch.manual_seed(0)
+    pipeline = Pipeline("Self-Forcing", **HEADS)
+    with patch(pipeline, CONFIG, group=group) as patched:
+        with torch.inference_mode():
+            generate(pipeline, 4)
+        return result(patched, generate(pipeline, 12))
+
+
 def comfyui(group: Any, ranks: int) -> Made:
     torch.manual_seed(0)
     model = CausalWan(**HEADS)
@@ -62,6 +72,7 @@ CASES: dict[str, Callable[..., Made]] = {
     **{family: double(family) for family in ATTENTIONS},
     "draft query, two videos": double("Self-Forcing", replace(CONFIG, query="draft"), batch=2),
     "device budget": double("Self-Forcing", budget=True),
+    "in inference mode, then out of it": out_of_inference_mode,
     "ComfyUI": comfyui,
 }
 

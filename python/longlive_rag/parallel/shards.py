@@ -152,7 +152,8 @@ class Shards:
     def _buffer(self, shape: Shape, like: Tensor, use: str) -> Tensor:
         key = (shape, like.dtype, use)
         if key not in self._buffers:
-            self._buffers[key] = like.new_empty(shape)
+            with torch.inference_mode(False):  # otherwise it could not be written to outside of inference mode
+                self._buffers[key] = like.new_empty(shape)
         return self._buffers[key]
 
     def _exchange(
