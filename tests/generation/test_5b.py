@@ -141,7 +141,8 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         find_wan_files(tmp_path, "longlive2")
     with pytest.raises(FileNotFoundError, match=r"taew2_2\.safetensors"):
         find_tiny_decoder(tmp_path, "longlive2")
-    (tmp_path / "taew2_2.pth").touch()
+    for name in ("taew2_2.pth", "Wan2.2_VAE.pth"):
+        (tmp_path / name).touch()
     assert find_tiny_decoder(tmp_path, "longlive2").name == find_tiny_decoder(tmp_path, "wan").name == "taew2_2.pth"
 
 

@@ -98,6 +98,14 @@ def _sources(repository: str, *, diffusers: bool) -> tuple[Source, Source, Sourc
     return text_encoder, tokenizer, autoencoder
 
 
+def _repository(folder: Path, backbone: str) -> str:
+    """Whose text encoder, tokenizer and VAE the folder is to hold."""
+    repository = BACKBONES[backbone].repository
+    if backbone != "wan" or (folder / _VAES[repository][0]).exists() or not (folder / _VAES[WAN_5B][0]).exists():
+        return repository
+    return WAN_5B
+
+
 @dataclass(frozen=True)
 class WanFiles:
     """The parts other than the transformer.
@@ -116,16 +124,13 @@ def find_wan_files(folder: Path, backbone: str = "self-forcing") -> WanFiles:
     """Find text encoder, tokenizer and VAE in a folder of Wan's own or diffusers' layout, without reading them.
 
     Args:
-        backbone: a name of `BACKBONES`. "wan" takes Wan 2.2's VAE where there is one, and Wan 2.1's otherwise.
+        backbone: a name of `BACKBONES`. "wan" takes Wan 2.2's VAE where it is the only one.
 
     Raises:
         FileNotFoundError: one is missing; the message says which one, where to download it, and its size.
     """
     diffusers = any((folder / part).exists() for part in ("model_index.json", "text_encoder", "vae"))
-    repository = BACKBONES[backbone].repository
-    if backbone == "wan" and (folder / _VAES[WAN_5B][0]).exists():
-        repository = WAN_5B
-    sources = _sources(repository, diffusers=diffusers)
+    sources = _sources(_repository(folder, backbone), diffusers=diffusers)
     missing = [source for source in sources if not (folder / source.file).exists()]
     if missing:
         lacks = (
@@ -141,10 +146,8 @@ def find_tiny_decoder(folder: Path, backbone: str = "self-forcing") -> Path:
     Raises:
         FileNotFoundError: there is none; the message says where it is published.
     """
-    stem = "taew2_2" if BACKBONES[backbone].repository == WAN_5B else "taew2_1"
-    names = [f"{stem}.safetensors", f"{stem}.pth"]
-    if backbone == "wan":
-        names += ["taew2_2.safetensors", "taew2_2.pth"]
+    stem = "taew2_2" if _repository(folder, backbone) == WAN_5B else "taew2_1"
+    names = (f"{stem}.safetensors", f"{stem}.pth")
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     if found is None:
         raise FileNotFoundError(
