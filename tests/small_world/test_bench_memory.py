@@ -15,7 +15,7 @@ from longlive_rag.small_world.tracks.track import Cell, Size
 def few_cells(monkeypatch):
     """Two policies of cuts, in this process."""
     cells = [Cell("cuts", policy, "given", 0) for policy in ("sliding_window", "retrieval")]
-    monkeypatch.setattr(bench_memory, "cells_of", lambda name: cells)
+    monkeypatch.setattr(bench_memory, "cells_of", lambda name, brief=False: cells)
     monkeypatch.setattr(
         bench_memory, "in_processes", lambda work, jobs, tick, workers: ((job, work(job, tick)) for job in jobs)
     )
@@ -71,6 +71,14 @@ def test_wrong_arguments_take_one_line(tmp_path, capsys, arguments, message):
     assert cli.main(["bench-memory", "--json", str(tmp_path / "memory.json"), *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_quick_asks_for_one_training_with_the_first_lap_given():
+    for name, track in TRACKS.items():
+        brief, whole = bench_memory.cells_of(name, brief=True), bench_memory.cells_of(name)
+        assert set(brief) <= set(whole) and {(cell.setting, cell.training) for cell in brief} == {("given", 0)}
+        assert {"sliding_window", "retrieval", "oracle"} <= {cell.policy for cell in brief}
+        assert len(whole) == len(track.policies) * len(track.settings) * track.trainings
 
 
 def test_every_track_has_its_controls():
