@@ -86,3 +86,11 @@ def test_every_track_has_its_controls():
         assert {"sliding_window", "random", "latest_query", "retrieval", "oracle"} <= set(track.policies)
         walk = track.walk(track.quick.laps)
         assert 0 < walk.lap < len(walk.views)
+
+
+def test_policies_of_cuts_are_compared_on_the_same_videos():
+    who = np.arange(8).reshape(2, 4)
+    right, half = {"truth": who, "now": who}, {"truth": who, "now": np.where(who % 2, who, -1)}
+    cuts = TRACKS["cuts"]
+    facts = cuts.compare(cuts.walk(2), {"oldest_alike/given/0": half, "retrieval/given/0": right})
+    assert facts["oldest_alike_less_retrieval"] == {"given": {"mean": -0.5, "low": -0.5, "high": -0.5}}
