@@ -208,7 +208,7 @@ DRIFT = DriftTrack(
 LONG = DriftTrack(
     "long",
     "Two places are seen again after a thousand frames each time: does memory still find them?",
-    size=Size(laps=3, videos=8),
+    size=Size(laps=3, videos=4),
     quick=Size(laps=2, videos=2),
     policies=LONG_POLICIES,
     settings=("given",),
