@@ -142,9 +142,8 @@ def draw(track: Track, path: Path, facts: Mapping[str, Any], pictures: Mapping[s
     grid = figure.add_gridspec(2, 2 if strips else 1, width_ratios=(1.15, 1) if strips else (1,))
     upper, lower = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[1, 0])
     given = [each["given"] for each in policies.values()]
-    figure.suptitle(
-        f"{track.question}\n{facts['laps']} laps, {facts['videos']} videos, {given[0]['trainings']} trainings"
-    )
+    trainings = "-".join(str(count) for count in sorted({each["trainings"] for each in given}))
+    figure.suptitle(f"{track.question}\n{facts['laps']} laps, {facts['videos']} videos, trainings: {trainings}")
     returns = np.arange(1, len(given[0]["psnr_by_visit"]) + 1)
     for index, (name, each) in enumerate(policies.items()):
         style = {
@@ -160,7 +159,7 @@ def draw(track: Track, path: Path, facts: Mapping[str, Any], pictures: Mapping[s
     for height, words in ((floor, "reading of a true frame"), (chance, "another creature")):
         upper.axhline(height, color="black", linewidth=0.8, linestyle=":")
         upper.text(returns[-1], height, words, ha="right", va="bottom", fontsize=8)
-    upper.set_yscale("log")
+    upper.set_ylim(bottom=0)
     upper.set_ylabel("error of hue, size and ears\n(0: the same creature)")
     upper.legend(fontsize=7, ncols=2)
     lower.set_ylabel("likeness to the first visit (PSNR, dB)")
