@@ -142,11 +142,12 @@ def draw(track: Track, path: Path, facts: Mapping[str, Any], pictures: Mapping[s
     grid = figure.add_gridspec(2, 2 if strips else 1, width_ratios=(1.15, 1) if strips else (1,))
     upper, lower = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[1, 0])
     given = [each["given"] for each in policies.values()]
-    trainings = "-".join(str(count) for count in sorted({each["trainings"] for each in given}))
-    figure.suptitle(f"{track.question}\n{facts['laps']} laps, {facts['videos']} videos, trainings: {trainings}")
+    counts = sorted({each["trainings"] for each in given})
+    trainings = f"trainings: {counts[0]}" + (f" to {counts[-1]}" if len(counts) > 1 else "")
+    figure.suptitle(f"{track.question}\n{facts['laps']} laps, {facts['videos']} videos, {trainings}")
     returns = np.arange(1, len(given[0]["psnr_by_visit"]) + 1)
     for index, (name, each) in enumerate(policies.items()):
-        style = {
+        style: dict[str, Any] = {
             "linestyle": "--" if each["label"].startswith("oracle") else "-",
             "linewidth": 2.5 if name == "oldest_alike" else 1.4,
             "color": f"C{index % 10}" if index < 10 else "black",
