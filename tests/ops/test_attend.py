@@ -196,6 +196,19 @@ def test_a_nan_stays_one(device: torch.device, tokens: int, spare: int) -> None:
     torch.testing.assert_close(lse, whole_lse, rtol=0, atol=0, equal_nan=True)
 
 
+def test_the_cost_does_not_grow_with_the_memory() -> None:
+    """What a call takes from the allocator, a copy of the pool included, on the path without kernels of ours."""
+    taken = []
+    for slots in (64, 4096):
+        case = make_case(torch.device("cpu"), torch.float32, batch=2, tokens=4, heads=3, head_dim=16, entries=3)
+        pools = [pages.new_zeros(slots, *pages.shape[1:]) for pages in (case.k_pages, case.v_pages)]
+        case = case._replace(k_pages=pools[0], v_pages=pools[1], slots=case.slots.clamp(max=63))
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiled:
+            ops.attend(*case)
+        taken.append(sum(max(0, event.self_cpu_memory_usage) for event in profiled.key_averages()))
+    assert 0 < taken[1] <= 1.1 * taken[0]
+
+
 def test_positions_an_hour_in(device: torch.device) -> None:
     """Only the difference of positions counts, also where float32 angles would have lost a milliradian."""
     case = make_case(device, torch.float16, tokens=80, entries=2, pairs=8)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
+from longlive_rag.selection import OracleSelection
 from longlive_rag.serve.recording import Recording
 from support.serving import picture_times
 
@@ -65,6 +67,15 @@ def test_a_prompt_that_means_nothing_changes_nothing(open_studio):
     with pytest.raises(ValueError, match="Only here and there"):
         studio.ask("elsewhere")
     assert studio.state()["prompt"] == "here"
+
+
+def test_a_policy_may_choose_its_frames_itself(open_studio, heard, scene):
+    own = OracleSelection(lambda start, batch: [[1]] * batch)
+    scene.policies = {**scene.policies, "remembers": replace(scene.policies["remembers"], selection=own)}
+    studio = open_studio()
+    heard.wait_for_block(8)
+    retrieved = studio.recording.record(8)["retrieved"]
+    assert retrieved[scene.default_policies.index("remembers")]["frames"] == [1]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("the device is gone"), OSError(28, "No space left on device")])

@@ -15,7 +15,7 @@ from longlive_rag.small_world.tracks.track import Cell, Size
 def few_cells(monkeypatch):
     """Two policies of cuts, in this process."""
     cells = [Cell("cuts", policy, "given", 0) for policy in ("sliding_window", "retrieval")]
-    monkeypatch.setattr(bench_memory, "cells_of", lambda name: cells)
+    monkeypatch.setattr(bench_memory, "cells_of", lambda name, brief=False: cells)
     monkeypatch.setattr(
         bench_memory, "in_processes", lambda work, jobs, tick, workers: ((job, work(job, tick)) for job in jobs)
     )
@@ -73,8 +73,24 @@ def test_wrong_arguments_take_one_line(tmp_path, capsys, arguments, message):
     assert message in error and error.count("\n") == 1
 
 
+def test_quick_asks_for_one_training_with_the_first_lap_given():
+    for name, track in TRACKS.items():
+        brief, whole = bench_memory.cells_of(name, brief=True), bench_memory.cells_of(name)
+        assert set(brief) <= set(whole) and {(cell.setting, cell.training) for cell in brief} == {("given", 0)}
+        assert {"sliding_window", "retrieval", "oracle"} <= {cell.policy for cell in brief}
+        assert len(whole) == len(track.policies) * len(track.settings) * track.trainings
+
+
 def test_every_track_has_its_controls():
     for track in TRACKS.values():
         assert {"sliding_window", "random", "latest_query", "retrieval", "oracle"} <= set(track.policies)
         walk = track.walk(track.quick.laps)
         assert 0 < walk.lap < len(walk.views)
+
+
+def test_policies_of_cuts_are_compared_on_the_same_videos():
+    who = np.arange(8).reshape(2, 4)
+    right, half = {"truth": who, "now": who}, {"truth": who, "now": np.where(who % 2, who, -1)}
+    cuts = TRACKS["cuts"]
+    facts = cuts.compare(cuts.walk(2), {"oldest_alike/given/0": half, "retrieval/given/0": right})
+    assert facts["oldest_alike_less_retrieval"] == {"given": {"mean": -0.5, "low": -0.5, "high": -0.5}}

@@ -32,7 +32,8 @@ class BenchMemory:
     laps: int | None = None
     """Laps of the camera, at least 2; default what each track's published figures have."""
     quick: bool = False
-    """Few videos and laps: under five minutes on two cores, with wide intervals."""
+    """Few videos and laps, one training, the first lap given only: under five minutes on two cores, with wide
+    intervals."""
     workers: int | None = None
     """Processes; default one for each core, at most 4."""
 
@@ -54,7 +55,7 @@ class BenchMemory:
         sizes = {}
         for name in self.tracks or list(TRACKS):
             size = TRACKS[name].quick if self.quick else TRACKS[name].size
-            sizes[name] = Size(self.laps or size.laps, self.videos or size.videos)
+            sizes[name] = Size(self.laps or size.laps, self.videos or size.videos, brief=self.quick)
         record = bench_memory.Record(self.json, sizes, folder)
         jobs = record.missing()
         with tqdm(total=bench_memory.frames_of(jobs), unit="frame", smoothing=0.05, mininterval=1) as progress:

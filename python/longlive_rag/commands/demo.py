@@ -48,7 +48,7 @@ class Demo:
 
         from longlive_rag.small_world import report, world
         from longlive_rag.small_world.measure import Condition, measure_all
-        from longlive_rag.small_world.policies import POLICIES, SHOWN
+        from longlive_rag.small_world.policies import OURS, POLICIES, SHOWN
 
         begun = time.monotonic()
         frames = max(MIN_FRAMES, world.lap_frames(self.track, self.laps))
@@ -63,7 +63,7 @@ class Demo:
         clips = {name: videos.frames[0] for name, videos in shown.items()}
         residents = {name: report.first_residents(walk, clip) for name, clip in clips.items()}
         report.write_comparison(folder / "comparison.mp4", walk, clips, residents)
-        report.draw_memory(folder / "memory.png", walk, {name: shown[name] for name in ("latest_query", "retrieval")})
+        report.draw_memory(folder / "memory.png", walk, {name: shown[name] for name in ("latest_query", OURS)})
         policies = {
             name: {
                 "label": POLICIES[name].label,

@@ -44,6 +44,7 @@ def attend(arguments: Arguments, scale: float) -> Tensor:
         for position in (query_position, positions)
     )
     out = torch.empty_like(q)
+    head = torch.arange(heads, device=slots.device)
     head_bytes = slots.shape[1] * tokens * head_dim * q.element_size()
     fitting = max(1, GATHERED_BYTES // head_bytes)
     sample_step, head_step = max(1, fitting // heads), min(heads, fitting)
@@ -51,12 +52,10 @@ def attend(arguments: Arguments, scale: float) -> Tensor:
         some_slots = slots[some]
         for part in (slice(first, first + head_step) for first in range(0, heads, head_step)):
             queries = q[some, :, part].unflatten(1, (-1, tokens)).permute(0, 3, 1, 2, 4)  # [b, h, F, T, D]
+            # Rows of the whole pool, since index_select on the CPU first copies a source that is not contiguous.
+            rows = some_slots[:, None] * heads + head[part, None]  # [b, h, N]
             keys, values = (
-                pages[:, part]
-                .transpose(0, 1)
-                .index_select(1, some_slots.flatten())
-                .unflatten(1, some_slots.shape)
-                .transpose(0, 1)  # [b, h, N, T, D]
+                pages.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)  # [b, h, N, T, D]
                 for pages in (k_pages, v_pages)
             )
             result = F.scaled_dot_product_attention(

@@ -15,6 +15,7 @@ from longlive_rag.embedding import Embedding
 from longlive_rag.generation.sampling import Sampling
 from longlive_rag.generation.video import Frames
 from longlive_rag.models import CausalWanModel
+from longlive_rag.selection import Selection
 
 CAMERAS = ("cut", "pan")
 
@@ -43,6 +44,8 @@ class ShownPolicy:
 
     label: str
     config: RetrievalConfig
+    selection: Selection | None = None
+    """Default the most similar frames."""
 
 
 class Scene(ABC):

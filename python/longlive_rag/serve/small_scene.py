@@ -9,6 +9,7 @@ from torch import Tensor
 
 from longlive_rag.budget import Budget
 from longlive_rag.generation.sampling import Sampling
+from longlive_rag.selection import OldestAlikeSelection
 from longlive_rag.serve.scene import BlockDecoder, Scene, Shot, ShownPolicy, Wish
 from longlive_rag.small_world import world
 from longlive_rag.small_world.backbone import (
@@ -19,13 +20,13 @@ from longlive_rag.small_world.backbone import (
     load_encoder,
 )
 from longlive_rag.small_world.codec import LATENT_SHAPE
-from longlive_rag.small_world.policies import POLICIES
+from longlive_rag.small_world.policies import OURS, POLICIES
 from longlive_rag.small_world.report import FPS
 
 _LABELS = {
     "sliding_window": "forgets: sliding window",
     "latest_query": "remembers: the paper’s query",
-    "retrieval": "remembers: draft query",
+    OURS: "remembers: draft query, oldest copies",
 }
 
 
@@ -38,7 +39,7 @@ class SmallScene(Scene):
     latent_shape = LATENT_SHAPE
     places = world.PLACE_NAMES
     default_prompt = world.PLACE_NAMES[0]
-    default_policies = ("sliding_window", "retrieval")
+    default_policies = ("sliding_window", OURS)
     enlarge = 5
 
     def __init__(self, memory: int = 128 * 1024**2) -> None:
@@ -50,7 +51,10 @@ class SmallScene(Scene):
         self.embedding = load_encoder()
         self.sampling = Sampling(DENOISING_STEPS, TIMESTEP_SHIFT)
         self.budget = Budget(device=memory, host=0)
-        self.policies = {name: ShownPolicy(label, POLICIES[name].config) for name, label in _LABELS.items()}
+        self.policies = {
+            name: ShownPolicy(label, POLICIES[name].config, OldestAlikeSelection() if name == OURS else None)
+            for name, label in _LABELS.items()
+        }
         self._codec = load_codec()
         self._embeds = [self.model.prompts[view][None].detach() for view in range(world.VIEWS)]
 

@@ -87,14 +87,15 @@ class Take:
             for block in range(given):
                 yield recording.latents(block)[panel : panel + 1]
 
+        shown = scene.policies[policy]
         return stream(
             scene.model,
             noise(),
             lambda start: scene.embeds(self._shots[start // length]),
-            scene.policies[policy].config,
+            shown.config,
             sampling=scene.sampling_from(seed, given),
             embedding=scene.embedding,
-            selection=ReplaySelection(_Recorded(recording, panel, given)),
+            selection=ReplaySelection(_Recorded(recording, panel, given), then=shown.selection),
             given=known(),
             budget=scene.budget,
         )

@@ -72,14 +72,14 @@ def do(job: Job, tick: Tick = lambda frames: None) -> tuple[Outcome, float]:
     return Outcome({**found.values, **retrieval}, found.pictures), seconds
 
 
-def cells_of(name: str) -> list[Cell]:
+def cells_of(name: str, brief: bool = False) -> list[Cell]:
     """Every cell of a track, so that each stage of the work is a comparison of all policies."""
     track = TRACKS[name]
     return [
         Cell(name, policy, setting, training)
-        for training in range(track.trainings)
-        for setting in track.settings
-        for policy in track.policies
+        for setting in track.settings[: 1 if brief else None]
+        for training in range(1 if brief else track.trainings)
+        for policy in (track.brief if brief and track.brief else track.policies)
     ]
 
 
@@ -130,7 +130,7 @@ class Record:
         return [
             Job(cell, size, SEED)
             for name, size in self.sizes.items()
-            for cell in cells_of(name)
+            for cell in cells_of(name, size.brief)
             if cell.key not in self.facts["tracks"][name]["cells"]
         ]
 

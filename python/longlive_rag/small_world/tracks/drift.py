@@ -81,6 +81,8 @@ class DriftTrack(Track):
         period: frames from one judged visit of a place to the next, a multiple of `LAP`; in between the camera cuts
             between the other places only.
         judged: places that are judged. The first is not among them: the sink shows it.
+        trainings: bundled backbones that are measured.
+        brief: policies of a brief measurement; default all.
     """
 
     def __init__(
@@ -94,10 +96,12 @@ class DriftTrack(Track):
         settings: tuple[Setting, ...],
         period: int,
         judged: range,
+        trainings: int,
+        brief: tuple[str, ...] = (),
     ) -> None:
         self.name, self.question, self.size, self.quick = name, question, size, quick
         self.policies, self.settings, self.period, self.judged = policies, settings, period, judged
-        self.trainings = len(bundled_backbones())
+        self.trainings, self.brief = trainings, brief
 
     def walk(self, laps: int) -> world.Walk:
         time = np.arange((laps - 1) * self.period + LAP)
@@ -117,11 +121,12 @@ class DriftTrack(Track):
         return creatures.render(walk.views[frames], walk.phases[frames], truth)
 
     def measure(self, walk: world.Walk, truth: np.ndarray, given: bool, frames: np.ndarray) -> Outcome:
-        """At the first frame of each judged visit, by its number: how far the creatures' attributes are from those of
-        the first visit, on average, and the mean square error of their cells against the first visit's frame of that
-        beat.
+        """By the number of the visit, 0 the first: how far the creatures' attributes are from those of the first visit,
+        at the first frame; and the mean square error of their cells against the first visit's, in all of its frames.
 
-        The reading of a true frame errs too: visit 0 of a given lap holds this floor.
+        The reading of a true frame errs too: visit 0 of a given lap holds this floor. A video's clock may slip by a
+        beat, and everybody then stands elsewhere without having changed. So the frames are compared at the shift of
+        beats that fits best; `on_beat` says how often that is none.
         """
         visits = 1 + (len(walk.views) - LAP) // self.period
         arrivals = np.array(self.judged) * DWELL
@@ -135,14 +140,27 @@ class DriftTrack(Track):
             reference = self._read(self._cells(frames, arrivals[None] + DWELL - 1))[:, 0]
         error = creatures.attribute_error(read, reference[:, None])
         stranger = creatures.attribute_error(read[:, -1], np.roll(reference, 1, axis=0))
-        square = np.square((crops.astype(np.float32) - crops[:, :1]) / 255)
+        square, on_beat = self._compared(frames, times)
         values = {
-            "error": error.mean(axis=(2, 3, 4)),
-            "error_of_attributes": error[:, -1].mean(axis=(1, 2)),
-            "chance": stranger.mean(axis=(1, 2, 3)),
-            "square_error": square.mean(axis=(2, 3, 4, 5, 6)),
+            "error_of_attributes": error.mean(axis=(2, 3)),  # [videos, visits, attributes]
+            "chance": stranger.mean(axis=(1, 2)),  # [videos, attributes]
+            "square_error": square,
+            "on_beat": on_beat,
         }
         return Outcome(values, crops[0, :, SHOWN_PLACE - self.judged.start, SHOWN_SPOT])
+
+    def _compared(self, frames: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean square error of the visits that begin at times [N, places] against the first of them, at the shift of
+        beats that fits best, and the share of places where that is none: both [videos, N]."""
+        whole = np.stack([self._cells(frames, times + beat) for beat in range(DWELL)], axis=3).astype(np.float32) / 255
+        errors = []  # of each shift [videos, N, places]
+        for shift in range(world.PHASES):
+            later = (np.arange(DWELL) + shift) % world.PHASES
+            shown = later < DWELL  # beats that the first visit showed: at least four of the six
+            apart = whole[:, :, :, shown] - whole[:, :1][:, :, :, later[shown]]
+            errors.append(np.square(apart).mean(axis=(3, 4, 5, 6, 7)))
+        best = np.argmin(errors, axis=0)
+        return np.min(errors, axis=0).mean(axis=2), (best == 0).mean(axis=2)
 
     def _cells(self, frames: np.ndarray, times: np.ndarray) -> np.ndarray:
         """Cells [videos, N, places, spots, CELL, CELL, 3] of the judged places at times [N, places]."""
@@ -178,21 +196,24 @@ class DriftTrack(Track):
 
 DRIFT = DriftTrack(
     "drift",
-    "Twelve laps through four places: do those who live there stay what they were?",
-    size=Size(laps=12, videos=24),
+    "Lap after lap through four places: do those who live there stay what they were?",
+    size=Size(laps=12, videos=16),
     quick=Size(laps=4, videos=2),
     policies=DRIFT_POLICIES,
     settings=("given", "generated"),
     period=LAP,
     judged=range(1, world.PLACES),
+    trainings=len(bundled_backbones()),
 )
 LONG = DriftTrack(
     "long",
     "Two places are seen again after a thousand frames each time: does memory still find them?",
-    size=Size(laps=3, videos=8),
+    size=Size(laps=3, videos=4),
     quick=Size(laps=2, videos=2),
     policies=LONG_POLICIES,
     settings=("given",),
     period=FAR_PERIOD,
     judged=range(2, world.PLACES),
+    trainings=1,  # half an hour of a core each; copies of copies are the question of `drift`
+    brief=("sliding_window", "retrieval", "oracle"),
 )

@@ -39,6 +39,8 @@ class Size:
 
     laps: int
     videos: int
+    brief: bool = False
+    """One training, its first lap given, and of the policies those that `Track.brief` names."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class Track(ABC):
     policies: Mapping[str, Policy]
     """In the order in which they are shown; controls and oracles are policies too. A policy's config has the length of
     the blocks."""
+    brief: tuple[str, ...] = ()
+    """Policies of a brief measurement; default all."""
     trainings: int = 1
     """Backbones that were trained alike from other seeds."""
     settings: tuple[Setting, ...] = ("given", "generated")
