@@ -53,7 +53,7 @@ def summary(walk: world.Walk, values: Values, returned: np.ndarray, arrived: np.
     facts: dict[str, Any] = {
         "kept": interval(kept.mean(axis=2)),
         "chance": round(float(np.mean([score.chance for score in scores])), 4),
-        "kept_by_hour": _by_hour(kept, returned),
+        "kept_by_hour": by_hour(kept, returned),
         "kept_by_lap": rounded(
             np.array([kept[:, :, returned // walk.lap == lap].mean() for lap in np.unique(returned // walk.lap)])
         ),
@@ -62,11 +62,11 @@ def summary(walk: world.Walk, values: Values, returned: np.ndarray, arrived: np.
     }
     if "found" in values:
         facts["found"] = interval(values["found"].mean(axis=2))
-        facts["found_by_hour"] = _by_hour(values["found"], arrived)
+        facts["found_by_hour"] = by_hour(values["found"], arrived)
     return facts
 
 
-def _by_hour(values: np.ndarray, frames: np.ndarray) -> dict[str, float]:
+def by_hour(values: np.ndarray, frames: np.ndarray) -> dict[str, float]:
     """Means of values [..., frames] by the hour of their frame, in the order of the day."""
     names = np.array(hours(frames))
     return {
@@ -79,13 +79,11 @@ def pairs(track: Track, cells: Mapping[str, Values]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for setting in track.settings:
         for first, second in PAIRS:
-            both = [cells.get(Cell(track.name, name, setting, 0).key) for name in (first, second)]
-            if both[0] is None or both[1] is None:
+            one, other = (cells.get(Cell(track.name, name, setting, 0).key) for name in (first, second))
+            if one is None or other is None:
                 continue
-            kept, found = ([_means(each, name) for each in both] for name in ("kept", "found"))
             facts.setdefault(setting, {})[f"{first} - {second}"] = {
-                "kept": interval((kept[0] - kept[1])[None]),
-                "found": interval((found[0] - found[1])[None]),
+                name: interval((_means(one, name) - _means(other, name))[None]) for name in ("kept", "found")
             }
     return facts
 
@@ -125,7 +123,8 @@ def draw(track: Track, path: Path, facts: Mapping[str, Any], pictures: Mapping[s
     grid = figure.add_gridspec(2 if strips else 1, 1, height_ratios=(1.25, 1) if strips else None)
     if strips:
         _draw_strips(figure.add_subplot(grid[0]), track, facts, policies, strips)
-    bars, heat = (figure.add_subplot(cell) for cell in grid[-1].subgridspec(1, 2, wspace=0.06))
+    below = grid[-1].subgridspec(1, 2, wspace=0.06)
+    bars, heat = (figure.add_subplot(below[column]) for column in range(2))
     rows = np.arange(len(policies))
     values = [each["given"]["kept"] for each in policies.values()]
     reach = [[v["mean"] - v["low"] for v in values], [v["high"] - v["mean"] for v in values]]
