@@ -67,7 +67,7 @@ SHOWN_PLACE = 1  # in the picture
 class NightTrack(Track):
     """Cuts between four places while the day goes round."""
 
-    name, question = "night", "The light is another at each visit: is the place found again, or only its colour?"
+    name, question = "night", "Each visit has another light: is the place found again, or only its colour?"
     size, quick = Size(laps=4, videos=8), Size(laps=3, videos=2)
     policies = NIGHT_POLICIES
 
