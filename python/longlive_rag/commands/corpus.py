@@ -33,9 +33,11 @@ class Corpus:
 
     output: Path
     """Folder for the latents; created if it is missing."""
-    source: Literal["small-world", "world", "self-forcing", "causal-forcing", "longlive", "wan"] = "small-world"
-    """Where the videos come from: small-world is the bundled backbone, world the small world's true videos, encoded;
-    the others are Wan-family checkpoints."""
+    source: Literal["small-world", "world", "night", "self-forcing", "causal-forcing", "longlive", "wan"] = (
+        "small-world"
+    )
+    """Where the videos come from: small-world is the bundled backbone, world the small world's true videos, encoded,
+    night the same at all hours; the others are Wan-family checkpoints."""
     videos: int = 96
     """Number of videos."""
     frames: int | None = None
@@ -80,9 +82,9 @@ class Corpus:
         from longlive_rag.small_world.backbone import load_backbone, load_codec
         from longlive_rag.small_world.corpus import WorldSource, rollout_source
 
-        frames = self.frames or (64 if self.source in ("small-world", "world") else 90)
-        if self.source == "world":
-            return WorldSource(load_codec(), frames, self.seed)
+        frames = self.frames or (64 if self.source in ("small-world", "world", "night") else 90)
+        if self.source in ("world", "night"):
+            return WorldSource(load_codec(), frames, self.seed, night=self.source == "night")
         device = ranks.device(self.device)
         if self.source == "small-world":
             return rollout_source(load_backbone().to(device), frames, seed=self.seed, batch=self.batch)

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from longlive_rag.embedding.autoencoder import LatentAutoencoder
 from longlive_rag.embedding.average_pool import AveragePool
+from longlive_rag.embedding.layout_pool import LayoutPool
 
-__all__ = ["AveragePool", "Embedding", "LatentAutoencoder"]
+__all__ = ["AveragePool", "Embedding", "LatentAutoencoder", "LayoutPool"]
 
 
 class Embedding(Protocol):

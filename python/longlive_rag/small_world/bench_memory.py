@@ -65,7 +65,7 @@ def do(job: Job, tick: Tick = lambda frames: None) -> tuple[Outcome, float]:
         embedding=policy.embedding() if policy.embedding else encoder,
         prompts=track.prompts(backbone, walk),
     )
-    videos = measure.collect(codec, blocks, tick)
+    videos = measure.collect(codec, track.daylight(blocks), tick)
     seconds = time.monotonic() - begun
     found = track.measure(walk, truth, given, videos.frames)
     retrieval = track.retrieval(walk, videos.recalls, job.size.videos) if videos.recalls else {}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from longlive_rag.generation.rollout import Prompts
-from longlive_rag.small_world import world
+from longlive_rag.small_world import light, world
 from longlive_rag.small_world.backbone import DENOISING_STEPS, TIMESTEP_SHIFT, SmallBackbone
 from longlive_rag.small_world.codec import LATENT_SHAPE, Codec
 from longlive_rag.small_world.measure import prompt_schedule
@@ -61,11 +61,16 @@ def encode_frames(codec: Codec, views: np.ndarray, phases: np.ndarray, cast: np.
 
 
 class WorldSource:
-    """True videos of the small world, rendered and encoded by its codec."""
+    """True videos of the small world, rendered and encoded by its codec.
 
-    def __init__(self, codec: Codec, frames: int, seed: int) -> None:
-        self.codec, self.frames, self.seed = codec, frames, seed
-        self.settings: dict[str, str | int | float] = {"source": "world", "frames": frames, "seed": seed}
+    Args:
+        night: at all hours, each video beginning at another (`light.py`), instead of in daylight.
+    """
+
+    def __init__(self, codec: Codec, frames: int, seed: int, night: bool = False) -> None:
+        self.codec, self.frames, self.seed, self.night = codec, frames, seed, night
+        name = "night" if night else "world"
+        self.settings: dict[str, str | int | float] = {"source": name, "frames": frames, "seed": seed}
         self.batch = 1
         self.video_bytes = 4 * frames * math.prod(LATENT_SHAPE)
 
@@ -76,7 +81,11 @@ class WorldSource:
             generator = np.random.default_rng([self.seed, number])
             walk, cast = random_walk(generator, self.frames), world.draw_cast(generator, 1)[0]
             latents = encode_frames(self.codec, walk.views, walk.phases, cast)
-            about = {"source": "world", **truth_metadata(walk), "cast": json.dumps(cast.tolist())}
+            about = {**truth_metadata(walk), "source": str(self.settings["source"]), "cast": json.dumps(cast.tolist())}
+            if self.night:
+                begin = int(generator.integers(light.CYCLE))
+                latents = light.lights().cast(latents, begin)
+                about["begin"] = str(begin)
             videos.append((latents, about))
         return videos
 

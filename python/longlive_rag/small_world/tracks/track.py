@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longlive_rag.embedding import Embedding
+from longlive_rag.generation.rollout import FinishedBlock
 from longlive_rag.small_world import measure, world
 from longlive_rag.small_world.backbone import SmallBackbone
 from longlive_rag.small_world.codec import Codec
@@ -148,6 +149,10 @@ class Track(ABC):
         """Rendered latents [videos, lap, 16, 8, 8]."""
         frames = np.arange(walk.lap)
         return torch.stack([codec.encode(self.render(walk, frames, video)) for video in truth])
+
+    def daylight(self, blocks: Iterable[FinishedBlock]) -> Iterable[FinishedBlock]:
+        """Blocks as the codec decodes them; a track with a light of its own takes it away here."""
+        return blocks
 
     def right(self, walk: world.Walk, start: int, frames: np.ndarray) -> np.ndarray:
         """Whether retrieved frames show what the block at `start` needs: bool, like `frames`."""
