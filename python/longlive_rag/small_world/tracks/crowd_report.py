@@ -19,30 +19,35 @@ PAIRS = (
     ("sliding_window", "latest_query"),
     ("random", "latest_query"),
     ("latest_query", "retrieval"),
-    ("retrieval", "oldest_alike"),
     ("retrieval", "oracle"),
 )
 """What is compared: the second less the first policy."""
+ENDS = ("arrival", "end")  # of a visit
 
 
 def summary(values: Values) -> dict[str, Any]:
     """What the JSON says of a policy in one setting; `values` [trainings, videos, frames of a visit] of
     `CrowdTrack.measure` and `retrieval`.
 
-    `right`: guests that are themselves, over all frames of the returns, and `twin`: those that are a twin's, with their
-    95% intervals over videos and trainings; `precision`: of the retrieved frames those that show this place, and
-    `recall`: blocks that got at least one; `_by_frame`: of the visit.
+    `arrival` and `end`: guests that are themselves in the first and the last frame of a return, `twin`: those that are
+    a twin's at the end, `precision`: of the frames retrieved on arrival those that show this place, `recall`: arrivals
+    that got at least one; each with its 95% interval over videos and trainings. `_by_frame`: of the visit.
     """
-    facts: dict[str, Any] = {name: interval(values[name].mean(axis=2)) for name in ("right", "twin")}
-    facts["chance"] = round(float(values["chance"].mean()), 4)
-    facts["host"] = round(float(values["host"].mean()), 4)
-    for name in ("precision", "recall", "twin_retrieved"):
+    right = values["right"]
+    facts: dict[str, Any] = {
+        "arrival": interval(right[..., 0]),
+        "end": interval(right[..., -1]),
+        "twin": interval(values["twin"][..., -1]),
+    }
+    for name in ("precision", "recall"):
         if name in values:
-            facts[name] = interval(values[name].mean(axis=2))
-    for name in ("right", "twin", "precision", "recall"):
+            facts[name] = interval(values[name][..., 0])
+    for name in ("right", "twin", "precision", "recall", "twin_retrieved"):
         if name in values:
             facts[f"{name}_by_frame"] = rounded(values[name].mean(axis=(0, 1)))
-    return {**facts, "videos": values["right"].shape[1], "trainings": values["right"].shape[0]}
+    for name in ("chance", "host"):
+        facts[name] = round(float(values[name].mean()), 4)
+    return {**facts, "videos": right.shape[1], "trainings": right.shape[0]}
 
 
 def pairs(track: Track, cells: Mapping[str, Values]) -> dict[str, Any]:
@@ -54,38 +59,31 @@ def pairs(track: Track, cells: Mapping[str, Values]) -> dict[str, Any]:
             for training in range(track.trainings):
                 both = [cells.get(Cell(track.name, name, setting, training).key) for name in (first, second)]
                 if both[0] is not None and both[1] is not None:
-                    differences.append((both[1]["right"] - both[0]["right"]).mean(axis=1))
+                    differences.append(both[1]["right"] - both[0]["right"])
             if differences:
-                facts.setdefault(setting, {})[f"{second} - {first}"] = interval(np.stack(differences))
+                more = np.stack(differences)
+                facts.setdefault(setting, {})[f"{second} - {first}"] = {
+                    "arrival": interval(more[..., 0]),
+                    "end": interval(more[..., -1]),
+                }
     return facts
 
 
 def table(policies: Mapping[str, Mapping[str, Any]]) -> str:
     """The summaries as text."""
-    heads = ("first lap given", "a twin's", "precision", "recall", "first lap generated")
     rows = [
-        f"{'guests still themselves':34}  {heads[0]:>20}  {heads[1]:>8}  {heads[2]:>9}  {heads[3]:>6}  {heads[4]:>20}"
+        f"{'guests still themselves':30}  {'on arrival':>18}  {'end of the visit':>18}  {'a twin':>6}  {'found':>6}  "
+        f"{'precision':>9}"
     ]
-    for facts in policies.values():
-        given = facts.get("given", {})
-        twin, precision, recall = (
-            f"{given[name]['mean']:.2f}" if name in given else "-" for name in ("twin", "precision", "recall")
-        )
-        cells = [_cell(facts.get(setting)) for setting in ("given", "generated")]
-        rows.append(f"{facts['label']:34}  {cells[0]:>20}  {twin:>8}  {precision:>9}  {recall:>6}  {cells[1]:>20}")
-    chances = [
-        f"{np.mean(found):.2f}" if (found := [each[s]["chance"] for each in policies.values() if s in each]) else "-"
-        for s in ("given", "generated")
-    ]
-    rows.append(f"{'chance':34}  {chances[0]:>20}  {'':>8}  {'':>9}  {'':>6}  {chances[1]:>20}")
+    measured = [each for each in policies.values() if "given" in each]
+    for each in measured:
+        given = each["given"]
+        ends = [f"{given[name]['mean']:.2f} [{given[name]['low']:.2f}, {given[name]['high']:.2f}]" for name in ENDS]
+        means = [f"{given[name]['mean']:.2f}" if name in given else "-" for name in ("twin", "recall", "precision")]
+        rows.append(f"{each['label']:30}  {ends[0]:>18}  {ends[1]:>18}  {means[0]:>6}  {means[1]:>6}  {means[2]:>9}")
+    if measured:
+        rows.append(f"{'chance':30}  {np.mean([each['given']['chance'] for each in measured]):>18.2f}")
     return "\n".join(rows)
-
-
-def _cell(facts: Mapping[str, Any] | None) -> str:
-    if facts is None:
-        return "-"
-    value = facts["right"]
-    return f"{value['mean']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
 
 
 def draw(
@@ -102,23 +100,20 @@ def draw(
     figure.suptitle(track.question)
     rows = np.arange(len(policies))[::-1]
     for row, each in zip(rows, policies.values(), strict=True):
-        for setting, offset in (("given", 0.2), ("generated", -0.2)):
-            if setting not in each:
-                continue
-            value, twin = each[setting]["right"], each[setting]["twin"]["mean"]
-            alpha = 1.0 if setting == "given" else 0.55
+        for name, frame, offset, alpha in (("arrival", 0, 0.2, 0.55), ("end", -1, -0.2, 1.0)):
+            value, twin = each["given"][name], each["given"]["twin_by_frame"][frame]
             reach = [[value["mean"] - value["low"]], [value["high"] - value["mean"]]]
+            other = 1 - value["mean"] - twin
             left.barh(row + offset, value["mean"], 0.36, color="#3b6fb6", alpha=alpha)
             left.barh(row + offset, twin, 0.36, left=value["mean"], color="#e0913a", alpha=alpha)
-            other = 1 - value["mean"] - twin
             left.barh(row + offset, other, 0.36, left=value["mean"] + twin, color="#cccccc", alpha=alpha)
             left.errorbar(value["mean"], row + offset, xerr=reach, color="black", capsize=2, linewidth=1.2)
-            left.plot([each[setting]["chance"]] * 2, row + offset + np.array([-0.18, 0.18]), color="black")
+        left.plot([each["given"]["chance"]] * 2, row + np.array([-0.38, 0.38]), color="black")
     left.set_yticks(rows, [each["label"] for each in policies.values()])
     left.set_xlim(0, 1)
     left.set_xlabel(
         "who stands there at the return: the right guest (blue), a twin's (orange), another (grey)\n"
-        "upper bar: first lap given; lower, paler: generated; black bar: chance"
+        "upper, paler bar: on arrival; lower: at the end of the visit; black line: chance"
     )
     if right is not None:
         first = next(iter(strips.values()))[: len(places)]
