@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import crowd_data
+import train_backbone
 from longlive_rag.small_world import bench_memory, crowd, world
 from longlive_rag.small_world.backbone import ASSETS, load_backbone, load_codec
 from longlive_rag.small_world.measure import Recall
@@ -112,6 +113,17 @@ def test_prompts_begin_with_their_landscape_s():
     assert begun.shape == prompts.shape
     apart = torch.cdist(begun[: crowd.PLACES].flatten(1), prompts.flatten(1)).argmin(dim=1)
     assert apart.tolist() == crowd.views(VISITED).tolist()
+
+
+def test_training_of_words_writes_words(tmp_path, monkeypatch):
+    options = {"output": tmp_path, "inhabitants": "crowd", "start": ASSETS / "backbone.safetensors", "steps": 0}
+    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    monkeypatch.setattr("sys.argv", ["train", *arguments, "--words-only"])
+    train_backbone.main()
+    begun, plain = load_backbone(words=tmp_path / "backbone.safetensors"), load_backbone()
+    expected = crowd_data.start_prompts(plain.prompts)
+    torch.testing.assert_close(begun.prompts, expected, rtol=0, atol=2e-3)  # half precision
+    assert (tmp_path / "backbone.safetensors").stat().st_size < 1.5e6
 
 
 def test_words_replace_only_themselves():
