@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import creature_data
+import crowd_data
 import training_data
 from joint_attention import JointAttention
 from longlive_rag import rotary
@@ -33,13 +34,16 @@ from longlive_rag.small_world.backbone import ASSETS, SmallBackbone, load_backbo
 from longlive_rag.small_world.codec import Codec
 from training_data import Batch
 
-WARM_UP = 100  # steps
 SAVE_EVERY = 120  # seconds
 EMA_DECAY = 0.998
+WORDS = ("prompts", "text_embedding.")  # beside the cross-attention
 WORLDS: dict[str, tuple[Callable[[Codec], Any], Callable[[Any, np.random.Generator, int], Batch]]] = {
     "sprites": (training_data.LatentWorld, training_data.draw_batch),
     "creatures": (creature_data.CreatureWorld, creature_data.draw_batch),
+    "crowd": (training_data.LatentWorld, crowd_data.draw_batch),
 }
+START_PROMPTS: dict[str, Callable[[Tensor], Tensor]] = {"crowd": crowd_data.start_prompts}
+"""What a world makes of the prompts that it starts from; default the same."""
 
 
 class BackboneTrainer:
@@ -47,16 +51,35 @@ class BackboneTrainer:
 
     Args:
         steps: of the whole training, along which the learning rate falls.
+        warm_up: steps until the learning rate is reached.
         start: weights to begin with; default random ones.
+        words_only: train, average and save only how prompts are read: prompts, text embedding and cross-attention.
+        prompts: makes the prompts to begin with of those of `start`; default the same.
     """
 
-    def __init__(self, steps: int, learning_rate: float, seed: int, start: Path | None = None) -> None:
+    def __init__(
+        self,
+        steps: int,
+        learning_rate: float,
+        seed: int,
+        *,
+        warm_up: int = 100,
+        start: Path | None = None,
+        words_only: bool = False,
+        prompts: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         torch.manual_seed(seed)
-        self.steps, self.learning_rate, self.seed = steps, learning_rate, seed
+        self.steps, self.learning_rate, self.seed, self.warm_up = steps, learning_rate, seed, warm_up
         self.step = 0
         self.model = load_backbone(start).requires_grad_(True).train() if start else SmallBackbone()
-        self.average = {name: value.clone() for name, value in self.model.state_dict().items()}
-        named = dict(self.model.named_parameters())
+        if prompts:
+            with torch.no_grad():
+                self.model.prompts.copy_(prompts(self.model.prompts))
+        if words_only:
+            for name, value in self.model.named_parameters():
+                value.requires_grad_(name.startswith(WORDS) or ".cross_attn." in name)
+        named = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        self.average = {name: value.detach().clone() for name, value in named.items()}
         decayed = [name for name, value in named.items() if value.ndim >= 2 and name != "prompts"]
         groups = [
             {"params": [named[name] for name in decayed], "weight_decay": 0.01},
@@ -81,7 +104,7 @@ class BackboneTrainer:
     def rate(self) -> float:
         """Factor of the learning rate: linear warm-up, then a cosine over `steps`."""
         part = min(1.0, self.step / self.steps)
-        return min(1.0, (self.step + 1) / WARM_UP) * (0.5 + 0.5 * math.cos(math.pi * part)) + 0.005
+        return min(1.0, (self.step + 1) / self.warm_up) * (0.5 + 0.5 * math.cos(math.pi * part)) + 0.005
 
     def train_step(self, batch: Batch) -> tuple[float, Tensor]:
         loss, errors = self.compiled_loss(batch)
@@ -134,16 +157,29 @@ def main() -> None:
         "--inhabitants",
         choices=list(WORLDS),
         default="sprites",
-        help="of the codebook, or without one; default sprites",
+        help="of the codebook, without one, or hosts and guests of the codebook; default sprites",
     )
     parser.add_argument("--chunks", type=int, default=8, help="chunks in a batch; default 8")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--warm-up", type=int, default=100, help="steps until that rate is reached; default 100")
+    parser.add_argument(
+        "--words-only", action="store_true", help="train and save only how prompts are read, a quarter of the weights"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="continue the training in the folder")
     options = parser.parse_args()
 
     weights = output_folder(options.output) / "backbone.safetensors"
-    trainer = BackboneTrainer(options.steps, options.learning_rate, options.seed, options.start)
+    prompts = START_PROMPTS.get(options.inhabitants)
+    trainer = BackboneTrainer(
+        options.steps,
+        options.learning_rate,
+        options.seed,
+        warm_up=options.warm_up,
+        start=options.start,
+        words_only=options.words_only,
+        prompts=prompts,
+    )
     if options.resume:
         trainer.resume(weights)
     generator = np.random.default_rng([options.seed, trainer.step])

@@ -90,7 +90,7 @@ class Batch:
 
     latents: Tensor  # [chunks * streams * frames, 1, 16, 8, 8]
     timestep: Tensor  # [chunks * streams * frames, 1]
-    views: Tensor  # [chunks * streams * frames]
+    views: Tensor  # [chunks * streams * frames], number of the prompt
     context: Tensor  # [chunks, frames, columns]
     distance: Tensor
     used: Tensor
@@ -158,17 +158,40 @@ def draw_contexts(generator: np.random.Generator, views: np.ndarray) -> tuple[Te
 def draw_batch(latent_world: LatentWorld, generator: np.random.Generator, chunks: int) -> Batch:
     """A batch; walks and contexts from `generator`, noise from torch's."""
     walks = draw_walks(generator, chunks)
-    context, distance, used = draw_contexts(generator, walks)
+    contexts = draw_contexts(generator, walks)
+    context, _, used = contexts
     views = torch.from_numpy(walks).flatten()
     cast = torch.from_numpy(world.draw_cast(generator, chunks)).repeat_interleave(CHUNK, dim=0)
+    shown = latent_world.shows[views].view(chunks, CHUNK, -1)
+    in_context = shown[torch.arange(chunks)[:, None, None], context] & used[..., None]
+    return compose(latent_world, views, views, cast, in_context.any(dim=2).flatten(0, 1), contexts)
+
+
+def compose(
+    latent_world: LatentWorld,
+    prompts: Tensor,
+    views: Tensor,
+    cast: Tensor,
+    known: Tensor,
+    contexts: tuple[Tensor, Tensor, Tensor],
+    spot_weight: float = 1.0,
+) -> Batch:
+    """The batch of what stands where.
+
+    Args:
+        prompts: [chunks * CHUNK], number of each frame's prompt.
+        views: [chunks * CHUNK], camera positions.
+        cast: [chunks * CHUNK, spots], sprites.
+        known: bool, same shape: the context or the prompt says who it is.
+        contexts: of `draw_contexts`.
+        spot_weight: how much more a spot counts than the landscape.
+    """
+    context, distance, used = contexts
+    chunks = len(context)
     phases = torch.arange(CHUNK).remainder(world.PHASES).repeat(chunks)
     cells = latent_world.cell_latents(cast, phases)
     target = latent_world.frames(views, cells)
-
-    shown = latent_world.shows[views].view(chunks, CHUNK, -1)
-    in_context = shown[torch.arange(chunks)[:, None, None], context] & used[..., None]
-    known = in_context.any(dim=2).flatten(0, 1)
-    strangers = shown.flatten(0, 1) & ~known
+    strangers = latent_world.shows[views] & ~known
 
     def blended(probability: float, most: Tensor | float) -> Tensor:
         """Cells in which some inhabitants are mixed with up to `most` of another sprite."""
@@ -199,11 +222,13 @@ def draw_batch(latent_world: LatentWorld, generator: np.random.Generator, chunks
 
     level = by_chunk(levels)
     on_spot = latent_world.frames(views, torch.ones_like(cells)) == 1
-    weight = (1.0 + on_spot.unflatten(0, (chunks, 1, CHUNK))) / (level[:, 1:] + 0.1)[..., None, None, None]
+    weight = (1.0 + spot_weight * on_spot.unflatten(0, (chunks, 1, CHUNK))) / (level[:, 1:] + 0.1)[
+        ..., None, None, None
+    ]
     return Batch(
         latents=by_chunk(inputs).flatten(0, 2)[:, None],
         timestep=1000 * level.flatten()[:, None],
-        views=views.view(chunks, 1, CHUNK).expand(-1, 1 + NOISY, -1).flatten(),
+        views=prompts.view(chunks, 1, CHUNK).expand(-1, 1 + NOISY, -1).flatten(),
         context=context,
         distance=distance,
         used=used,

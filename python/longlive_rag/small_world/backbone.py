@@ -63,10 +63,16 @@ def load_codec(path: Path = ASSETS / "codec.safetensors") -> Codec:
     return codec.eval().requires_grad_(False)
 
 
-def load_backbone(path: Path = ASSETS / "backbone.safetensors") -> SmallBackbone:
-    """The bundled backbone, in float32; raises as `load_codec`."""
+def load_backbone(path: Path = ASSETS / "backbone.safetensors", words: Path | None = None) -> SmallBackbone:
+    """The bundled backbone, in float32; raises as `load_codec`.
+
+    Args:
+        words: weights that replace some of it: other prompts, and how they are read.
+    """
     backbone = SmallBackbone()
     load_weights(backbone, path)
+    if words:
+        load_weights(backbone, words, part=True)
     return backbone.eval().requires_grad_(False)
 
 
@@ -75,15 +81,16 @@ def load_encoder() -> LatentAutoencoder:
     return LatentAutoencoder.from_checkpoint(ASSETS / "encoder.safetensors").requires_grad_(False)
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
-    """Fill a module with weights of any precision; raises as `load_codec`."""
+def load_weights(module: nn.Module, path: Path, part: bool = False) -> None:
+    """Fill a module, or part of it, with weights of any precision; raises as `load_codec`."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: the installation is incomplete")
     try:
         state = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
+    own = module.state_dict() if part else {}
     try:
-        module.load_state_dict(state)
+        module.load_state_dict({**own, **state})
     except RuntimeError:
         raise ValueError(f"{path} holds other weights than {type(module).__name__} expects") from None
