@@ -101,7 +101,7 @@ def test_a_kernel_that_does_not_cut(order):
 
 def bits_in_both_orders(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, ...]]:
     case = make_case(tokens=64, head_dim=64, heads=2, entries=12)
-    results = []
+    results: list[tuple[torch.Tensor, ...]] = []
     for order in ("forward", "reverse"):
         monkeypatch.setenv("SIMT_ORDER", order)
         results.append(launched(module, case, "sm80"))

@@ -241,7 +241,8 @@ def test_parts(header, tiles, steps, blocks):
     """Where a block takes one unit: one piece of one tile each, every step once, and room for the largest table."""
     schedule, larger = (header.make_of_parts(tiles, some, blocks) for some in sorted(steps))
     assert larger.cut >= schedule.cut and larger.sharers >= schedule.sharers
-    covered, parts = defaultdict(list), defaultdict(list)
+    covered: defaultdict[int, list[int]] = defaultdict(list)
+    parts: defaultdict[int, list[int]] = defaultdict(list)
     for unit in range(header.units(schedule)):
         piece = header.piece(schedule, unit, 0)
         assert header.piece(schedule, unit, 1).tile == -1
