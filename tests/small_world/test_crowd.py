@@ -84,12 +84,12 @@ def test_precision_and_recall_by_frame_of_the_visit():
     alike = walk.views // crowd.TWINS == walk.views[start] // crowd.TWINS
     twin = int(np.flatnonzero(alike & (walk.views != walk.views[start]))[0])
     other = int(np.flatnonzero(~alike)[0])
-    rows = [[[here, twin]], [[twin, other]], [[here, here + 1]]]
+    rows = [[[here, twin]], [[twin, other]], [[here, here + 1]], [[other, other]]]
     recalls = [Recall(start + i, row, [[1.0, 1.0]]) for i, row in enumerate(rows)]
     found = CROWD.retrieval(walk, recalls, videos=1)
-    assert found["precision"].tolist() == [[0.5, 0, 1]]
-    assert found["recall"].tolist() == [[1, 0, 1]]
-    assert found["twin_retrieved"].tolist() == [[0.5, 0.5, 0]]
+    assert found["precision"].tolist() == [[0.5, 0, 1, 0]]
+    assert found["recall"].tolist() == [[1, 0, 1, 0]]
+    assert found["twin_retrieved"].tolist() == [[0.5, 0.5, 0, 0]]
 
 
 def test_training_batches_name_places_and_come_back():
@@ -135,11 +135,8 @@ def test_words_replace_only_themselves():
 
 
 def test_memory_of_the_right_place_keeps_the_guests():
-    """A short run of the benchmark itself: what the oracle finds is copied, what the window forgot is not."""
-    right = {}
-    for policy in ("sliding_window", "oracle"):
-        outcome, _ = bench_memory.do(bench_memory.Job(Cell("crowd", policy, "given", 0), Size(laps=2, videos=2), 3))
-        right[policy] = outcome.values["right"].mean()
-    assert right["oracle"] > 0.5 > 0.3 > right["sliding_window"]
+    """A short run of the benchmark itself; chance is one in sixteen."""
+    outcome, _ = bench_memory.do(bench_memory.Job(Cell("crowd", "oracle", "given", 0), Size(laps=2, videos=2), 3))
+    assert outcome.values["right"].mean() > 0.8 and outcome.values["host"].mean() > 0.8
     assert outcome.values["recall"].min() == 1
     assert outcome.pictures.shape == (2 * crowd.TWINS, world.SIZE, world.SIZE, 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -88,10 +89,10 @@ class AnyFlowFARMemoryBlocks(ModularPipelineBlocks):
         self.set_block_state(state, block_state)
         return components, state
 
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **options: Any) -> None:
-        """Beside a pipeline that was saved: writes a file of one import, through which
+    def save_config(self, save_directory: str | os.PathLike[Any], push_to_hub: bool = False, **options: Any) -> None:
+        """Part of `save_pretrained`. Also writes a file of one import, through which, beside a pipeline that was saved,
         `ModularPipeline.from_pretrained(folder, trust_remote_code=True)` finds this block."""
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **options)
+        super().save_config(save_directory, push_to_hub=push_to_hub, **options)
         module, name = type(self).__module__, type(self).__name__
         file = Path(save_directory, f"{module.rpartition('.')[2]}.py")
         file.write_text(f"from {module} import {name} as {name}\n")

@@ -130,7 +130,10 @@ def draw(
             fontsize=8,
         )
         right.set_xticks([])
-        right.set_title("four places of one video, first and last visit (red: another guest)", fontsize=10)
+        right.set_title(
+            "four twins of one video at the last visit\n(guests underlined: green as at the first, red another)",
+            fontsize=10,
+        )
     figures.save(figure, path, dpi=120)
 
 
