@@ -93,7 +93,7 @@ def test_hopper_cuts_nothing(module, order, monkeypatch):
 
 def test_a_kernel_that_does_not_cut(order):
     """As machine code for Hopper, under a launcher that would: the blocks that are left over have nothing to do."""
-    module = emulated.build(("cuda/attend_sm80.cuh", "kForHopper = false", "kForHopper = true"))
+    module = emulated.build(("cuda/attend_sm80_parts.cuh", "kForHopper = false", "kForHopper = true"))
     case = make_case(tokens=64, head_dim=64, heads=AT_A_TIME + 1, entries=12)
     assert is_cut(module, case)
     check(module, case, kernel="sm80")
@@ -116,7 +116,7 @@ def test_bits_do_not_depend_on_the_order_of_blocks(module, monkeypatch):
 
 def test_another_order_of_merging_would_be_noticed(monkeypatch):
     """Were the merge to begin with the part of the block that merges."""
-    file = "cuda/attend_sm80.cuh"
+    file = "cuda/attend_sm80_parts.cuh"
     faulty = emulated.build(
         (file, "int part = 0; part < work.parts; ++part)", "int turn = 0; turn < work.parts; ++turn)"),
         (file, "float keep[2], add[2];", "float keep[2], add[2]; const int part = (turn + work.part) % work.parts;"),

@@ -84,6 +84,7 @@ def run_pack() -> list[Tensor]:
 
 
 SM80 = "cuda/attend_sm80.cuh"
+PARTS = "cuda/attend_sm80_parts.cuh"
 FAULTS = {
     "insert: no barrier in the sum over the block": (run_insert, "core/reduce.cuh", "__syncthreads();", ""),
     "insert: first rotated pair forgotten": (run_insert, "cuda/insert.cuh", "pair >= 0", "pair > 0"),
@@ -169,7 +170,7 @@ FAULTS = {
     ),
     "attend: no barrier before the count of parts is read": (
         run_attend_cut,
-        SM80,
+        PARTS,
         "__syncthreads();  // the count is there",
         "// the count is there",
     ),
@@ -179,17 +180,17 @@ FAULTS = {
         "clear(p.arrived, plan.arrived_bytes, stream);",
         ";",
     ),
-    "attend: merged by all but the last": (run_attend_cut, SM80, "work.arrived + 1 <", "work.arrived + 1 >="),
+    "attend: merged by all but the last": (run_attend_cut, PARTS, "work.arrived + 1 <", "work.arrived + 1 >="),
     "attend: two parts in one place": (
         run_attend_cut,
-        SM80,
+        PARTS,
         "partials[(part * kAttendPartial",
         "partials[(part / 2 * kAttendPartial",
     ),
-    "attend: first part not merged": (run_attend_cut, SM80, "int part = 0; part <", "int part = 1; part <"),
+    "attend: first part not merged": (run_attend_cut, PARTS, "int part = 0; part <", "int part = 1; part <"),
     "attend: parts weighed alike": (
         run_attend_cut,
-        SM80,
+        PARTS,
         "add[half] = softmax[m][half].weight(maximum, p.scale);",
         "add[half] = 1.0f;",
     ),

@@ -122,7 +122,7 @@ FAULTS: dict[str, tuple[Kernel, str, str] | tuple[Kernel, str, str, int]] = {
     "attend: halves packed in the wrong order": (
         ATTEND, r"(cvt\.rn\.f16x2\.f32\s+%\w+), (%\w+), (%\w+);", r"\1, \3, \2;"
     ),
-    "attend: parts counted twice": (ATTEND_CUT, r"(atom\.global\.add\.u32\s+%\w+, \[%\w+\]), 1;", r"\1, 2;"),
+    "attend: parts not counted": (ATTEND_CUT, r"(atom\.global\.add\.u32\s+%\w+, \[%\w+\]), 1;", r"\1, 0;"),
     "attend: no bar.sync before the count of parts is read": (ATTEND_CUT, r"bar\.sync\s+0;", "", -1),
     "pack: bytes of a code swapped with another's": (PACK, r"(mov\.u32\s+%\w+), 1040;", r"\1, 1056;", 0),
     "pack: shfl of the wrong lanes": (PACK, SHUFFLE % "bfly", r"\g<1>16, \3, \4;", 0),
