@@ -96,7 +96,7 @@ class CrowdTrack(Track):
         now, guests = found[:, times], list(crowd.GUESTS)
         right = now == truth[:, place]
         others = [place // crowd.TWINS * crowd.TWINS + (place + shift) % crowd.TWINS for shift in range(1, crowd.TWINS)]
-        twin = np.any([now == truth[:, other] for other in others], axis=0) & ~right
+        twin = np.stack([now == truth[:, other] for other in others]).any(axis=0) & ~right
         strangers = np.mean([now == np.roll(truth, shift, axis=0)[:, place] for shift in range(1, len(truth))], axis=0)
         answers = {"right": right, "twin": twin, "chance": strangers}
         values = {name: _by_frame(value[..., guests].mean(axis=-1)) for name, value in answers.items()}
