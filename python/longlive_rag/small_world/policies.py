@@ -85,5 +85,5 @@ POLICIES = {
 OURS = "oldest_alike"
 """The best that is known (docs/findings.md): our own policy wherever one is shown."""
 
-SHOWN = ("sliding_window", "sink_window", "random", "latest_query", OURS, "oracle")
+SHOWN = ("sliding_window", "sink_window", "latest_query", "retrieval", OURS, "oracle")
 """What the demo makes; the benchmark compares all."""
