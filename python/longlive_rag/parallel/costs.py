@@ -91,14 +91,14 @@ class Pass:
 
     def activation_bytes(self, ffn_dim: int) -> int:
         """At most at once, without what attention itself works with: in the first layer's feed-forward, the embedded
-        tokens and timesteps, which every rank has whole, and of its own tokens the residual, the normalised and two
-        hidden tensors.
+        tokens, timesteps and modulation (of a model that is not fused), which every rank has whole, and of its own
+        tokens the residual, the normalised and two hidden tensors.
 
         Args:
             ffn_dim: width of the hidden tensors.
         """
         dim = self.heads * self.head_dim
-        return self._bytes((self.tokens + 13) * dim + self.own * (2 * dim + 2 * ffn_dim))
+        return self._bytes((self.tokens + 15) * dim + self.own * (2 * dim + 2 * ffn_dim))
 
     @property
     def _most(self) -> int:

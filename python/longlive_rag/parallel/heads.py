@@ -42,6 +42,11 @@ class HeadShardedMemory(RetrievalMemory):
         own = (self._shards.own_heads(x) for x in (q, k, v))
         return self._shards.all_heads(super().attend(layer, *own, eps=eps))
 
+    def attend_part(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """As `RetrievalMemory.attend_part`, of all heads."""
+        out, lse = super().attend_part(layer, *(self._shards.own_heads(x) for x in (q, k, v)))
+        return self._shards.all_heads(out), self._shards.all_heads(lse[..., None])[..., 0]
+
     def rewrite(self, layer: int, frames: Iterable[int], k: Tensor, v: Tensor) -> None:
         """As `RetrievalMemory.rewrite`, of all heads."""
         super().rewrite(layer, frames, self._shards.own_heads(k), self._shards.own_heads(v))
