@@ -42,6 +42,14 @@ def layers(channels: int = 16, patch: int = 1) -> torch.nn.Sequential:
     return made
 
 
+ONE_ROUNDING = 1
+"""Of 8 bits: convolutions over another number of frames may sum in another order, and a pixel lie between two steps."""
+
+
+def furthest(pictures: Tensor, others: Tensor) -> int:
+    return int((pictures.int() - others.int()).abs().max())
+
+
 @pytest.fixture(scope="module")
 def decoder() -> TinyDecoder:
     return TinyDecoder(layers())
@@ -73,7 +81,7 @@ def test_streaming_gives_the_pictures_of_decoding_at_once(decoder: TinyDecoder, 
         decoder.offload()
         decoder.restore()
         parts.append(decoder.decode(part))
-    assert torch.equal(torch.cat(parts), whole)
+    assert furthest(torch.cat(parts), whole) <= ONE_ROUNDING
 
 
 def test_a_picture_depends_on_no_more_latent_frames_than_said(decoder: TinyDecoder) -> None:
@@ -83,7 +91,7 @@ def test_a_picture_depends_on_no_more_latent_frames_than_said(decoder: TinyDecod
     whole = decoder.decode(latents)[-4:]
     for before, same in ((decoder.reach, True), (2, False)):
         decoder.reset()
-        assert torch.equal(decoder.decode(latents[-1 - before :])[-4:], whole) is same
+        assert (furthest(decoder.decode(latents[-1 - before :])[-4:], whole) <= ONE_ROUNDING) is same
     with pytest.raises(ValueError, match=r"latents must be \[F, 16, H, W\], got \[1, 48, 2, 3\]"):
         decoder.decode(torch.zeros(1, 48, 2, 3))
 
