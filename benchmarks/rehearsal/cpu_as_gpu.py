@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -79,17 +79,18 @@ class Recorder(TorchDispatchMode):
 
 
 class Extension:
-    """The extension, whose launches a graph that is being captured writes down too."""
+    """The extension, or a plan that it made, whose launches a graph that is being captured writes down too."""
 
-    def __init__(self, module: ModuleType) -> None:
-        self.module = module
+    def __init__(self, made: Any) -> None:
+        self.made = made
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self.module, name)
+        value = getattr(self.made, name)
 
         def call(*arguments: Any, **options: Any) -> Any:
             recorder = Recorder.capturing
-            return value(*arguments, **options) if recorder is None else recorder.call(value, arguments, options)
+            out = value(*arguments, **options) if recorder is None else recorder.call(value, arguments, options)
+            return Extension(out) if hasattr(out, "launch") else out
 
         return call if callable(value) else value
 
