@@ -31,7 +31,7 @@ def test_steady_change_falls_as_the_cosine_of_the_angle_turned():
 def test_a_scene_that_comes_back_is_a_peak():
     angles = np.where(np.arange(60) // 10 % 2, np.pi / 2, 0)
     lags, means = measure_drift(turning_video(angles), segment_frames=10, fps=1).self_similarity
-    alike = dict(zip(lags.tolist(), means.tolist(), strict=True))
+    alike = dict(zip(map(float, lags), map(float, means), strict=True))
     assert alike[20] == pytest.approx(1, abs=0.01) and alike[40] == pytest.approx(1, abs=0.01)
     assert alike[10] == pytest.approx(0, abs=0.01) and alike[30] == pytest.approx(0, abs=0.01)
 

@@ -86,7 +86,7 @@ class Evaluate:
                     "ends": {"seconds": drift.ends.length / reader.fps, "drift": drift.end_change},
                     "self_similarity": {
                         "lag_seconds": drift.self_similarity.lags.tolist(),
-                        "mean": [None if mean != mean else mean for mean in drift.self_similarity.means.tolist()],
+                        "mean": [None if mean != mean else mean for mean in map(float, drift.self_similarity.means)],
                     },
                 }
                 for reader, drift in zip(readers, drifts.values(), strict=True)

@@ -80,9 +80,9 @@ def paint(creatures: np.ndarray) -> np.ndarray:
     picture[..., :3] = np.where((np.hypot(apart, y - 0.1) < 0.2)[..., None], WHITE, picture[..., :3])
     picture[..., :3] = np.where((np.hypot(apart, y - 0.12) < 0.11)[..., None], INK, picture[..., :3])
     picture[..., 3] = outline
-    picture = picture.reshape(len(creatures), world.SPRITE, FINE, world.SPRITE, FINE, 4)
-    coverage = picture[..., 3:].mean(axis=(2, 4))
-    colour = (picture[..., :3] * picture[..., 3:]).mean(axis=(2, 4)) / np.maximum(coverage, 1e-6)
+    fine = picture.reshape(len(creatures), world.SPRITE, FINE, world.SPRITE, FINE, 4)
+    coverage = fine[..., 3:].mean(axis=(2, 4))
+    colour = (fine[..., :3] * fine[..., 3:]).mean(axis=(2, 4)) / np.maximum(coverage, 1e-6)
     return np.concatenate([colour, coverage], axis=-1)
 
 

@@ -105,7 +105,7 @@ class DriftTrack(Track):
 
     def walk(self, laps: int) -> world.Walk:
         time = np.arange((laps - 1) * self.period + LAP)
-        place = time // DWELL % world.PLACES
+        place: np.ndarray = time // DWELL % world.PLACES
         between = time % self.period >= LAP
         place = np.where(between & np.isin(place, self.judged), place % self.judged.start, place)
         return world.Walk(self.name, place * world.VIEWS_PER_PLACE, time % world.PHASES, LAP)
