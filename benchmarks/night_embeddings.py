@@ -20,7 +20,7 @@ from longlive_rag.files import write_json
 from longlive_rag.small_world import light, world
 from longlive_rag.small_world.backbone import load_codec
 from longlive_rag.small_world.bench_memory import SEED
-from longlive_rag.small_world.tracks.drift_report import interval
+from longlive_rag.small_world.tracks.cells import interval
 from longlive_rag.small_world.tracks.night import NIGHT, arrivals, load_night_encoder
 from longlive_rag.small_world.tracks.night_report import by_hour
 

@@ -120,7 +120,8 @@ class CrowdTrack(Track):
                 alike = place // crowd.TWINS == walk.views[start] // crowd.TWINS
                 counts[:, video, start % DWELL] += here.mean(), (alike & ~here).mean(), here.any(), 1
         precision, twin, found, blocks = counts
-        by_frame = {"precision": precision / blocks, "twin_retrieved": twin / blocks, "recall": found / blocks}
+        with np.errstate(invalid="ignore"):  # as in `Track.retrieval`
+            by_frame = {"precision": precision / blocks, "twin_retrieved": twin / blocks, "recall": found / blocks}
         return {**super().retrieval(walk, recalls, videos), **by_frame}
 
     def summarise(self, walk: world.Walk, cells: Mapping[Setting, Values]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 from longlive_rag import figures
 from longlive_rag.small_world import crowd
 from longlive_rag.small_world.report import KEPT, LOST
-from longlive_rag.small_world.tracks.drift_report import interval, rounded
+from longlive_rag.small_world.tracks.cells import interval, paired, rounded
 from longlive_rag.small_world.tracks.track import Cell, Track, Values
 
 PAIRS = (
@@ -55,13 +55,9 @@ def pairs(track: Track, cells: Mapping[str, Values]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for setting in track.settings:
         for first, second in PAIRS:
-            differences = []
-            for training in range(track.trainings):
-                both = [cells.get(Cell(track.name, name, setting, training).key) for name in (first, second)]
-                if both[0] is not None and both[1] is not None:
-                    differences.append(both[1]["right"] - both[0]["right"])
-            if differences:
-                more = np.stack(differences)
+            both = paired(track, cells, setting, first, second)
+            if both:
+                more = np.stack([other["right"] - one["right"] for one, other in both])
                 facts.setdefault(setting, {})[f"{second} - {first}"] = {
                     "arrival": interval(more[..., 0]),
                     "end": interval(more[..., -1]),

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from longlive_rag import figures
-from longlive_rag.intervals import crossed_interval
 from longlive_rag.small_world import creatures
+from longlive_rag.small_world.tracks.cells import interval, paired, rounded
 from longlive_rag.small_world.tracks.track import Cell, Track, Values
 
 LEAST_ERROR = 1e-7  # 70 dB: equal pictures have no PSNR
@@ -68,17 +68,6 @@ def decibels(values: Values) -> np.ndarray:
     return found
 
 
-def interval(values: np.ndarray, digits: int = 4) -> dict[str, float]:
-    """Mean of [trainings, videos] with its 95% interval over both."""
-    low, high = crossed_interval(values)
-    numbers = {"mean": values.mean(), "low": low, "high": high}
-    return {name: round(float(value), digits) for name, value in numbers.items()}
-
-
-def rounded(values: np.ndarray, digits: int = 4) -> list[float]:
-    return [round(float(value), digits) for value in values]
-
-
 def pairs(track: Track, cells: Mapping[str, Values]) -> dict[str, Any]:
     """Differences at the last visit on the same videos, of the trainings that have both policies: the error over all
     attributes, over those that copies keep, and the PSNR in dB."""
@@ -90,11 +79,7 @@ def pairs(track: Track, cells: Mapping[str, Values]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for setting in track.settings:
         for first, second in PAIRS:
-            found = [
-                [cells.get(Cell(track.name, name, setting, training).key) for name in (first, second)]
-                for training in range(track.trainings)
-            ]
-            both = [(one, other) for one, other in found if one is not None and other is not None]
+            both = paired(track, cells, setting, first, second)
             if both:
                 facts.setdefault(setting, {})[f"{first} - {second}"] = {
                     name: interval(np.stack([measure(one) - measure(other) for one, other in both]))

@@ -1,6 +1,6 @@
 """The track `night`: light and weather change from visit to visit; does memory find the place, or its colour?
 
-The inhabitants and the walk are those of `cuts`; a day of 36 frames goes round over laps of 20. So a place is seen in
+The inhabitants and the walk are those of `cuts`; a day of 25 frames goes round over laps of 20. So a place is seen in
 another light at each visit, and at night all places look alike (`light.py`).
 """
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from longlive_rag import figures
 from longlive_rag.small_world import light, measure, world
-from longlive_rag.small_world.tracks.drift_report import interval, rounded
+from longlive_rag.small_world.tracks.cells import interval, paired, rounded
 from longlive_rag.small_world.tracks.track import Cell, Track, Values
 
 PAIRS = (
@@ -79,12 +79,12 @@ def pairs(track: Track, cells: Mapping[str, Values]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     for setting in track.settings:
         for first, second in PAIRS:
-            one, other = (cells.get(Cell(track.name, name, setting, 0).key) for name in (first, second))
-            if one is None or other is None:
-                continue
-            facts.setdefault(setting, {})[f"{first} - {second}"] = {
-                name: interval((_means(one, name) - _means(other, name))[None]) for name in ("kept", "found")
-            }
+            both = paired(track, cells, setting, first, second)
+            if both:
+                facts.setdefault(setting, {})[f"{first} - {second}"] = {
+                    name: interval(np.stack([_means(one, name) - _means(other, name) for one, other in both]))
+                    for name in ("kept", "found")
+                }
     return facts
 
 

@@ -15,7 +15,8 @@ from longlive_rag.small_world import measure, report, world
 from longlive_rag.small_world.backbone import load_backbone, load_codec, load_encoder
 from longlive_rag.small_world.policies import POLICIES
 from longlive_rag.small_world.report import Setting
-from longlive_rag.small_world.tracks.track import Cell, Models, Outcome, Size, Track, Values
+from longlive_rag.small_world.tracks.cells import paired
+from longlive_rag.small_world.tracks.track import Models, Outcome, Size, Track, Values
 
 PAIRS = (("oracle", "retrieval"), ("oldest_alike", "retrieval"))
 
@@ -60,9 +61,8 @@ class SpriteTrack(Track):
         for first, second in PAIRS:
             pair = facts.setdefault(f"{first}_less_{second}", {})
             for setting in self.settings:
-                found = [cells.get(Cell(self.name, policy, setting, 0).key) for policy in (first, second)]
-                if found[0] is not None and found[1] is not None:
-                    one, other = ((each["now"] == each["truth"]).mean(axis=1) for each in (found[0], found[1]))
+                for both in paired(self, cells, setting, first, second):
+                    one, other = ((each["now"] == each["truth"]).mean(axis=1) for each in both)
                     low, high = bootstrap_interval(one - other)
                     numbers = {"mean": (one - other).mean(), "low": low, "high": high}
                     pair[setting] = {name: round(float(value), 4) for name, value in numbers.items()}
