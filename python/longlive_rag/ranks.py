@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 Result = TypeVar("Result")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,13 @@ class Ranks:
     def on_first(self, work: Callable[[], Result]) -> Result:
         """Do `work` on the first rank; every rank returns its result, or raises the ValueError or OSError it raised."""
         return work() if self.world == 1 else result_of(0, self.first, work)
+
+
+def from_all(value: Value, group: ProcessGroup) -> list[Value]:
+    """Every rank's value, a small Python object, in the order of the ranks."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def result_of(rank: int, here: bool, work: Callable[[], Result], group: ProcessGroup | None = None) -> Result:

@@ -20,6 +20,23 @@ CUDA_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 FLOATING = (float32, float16, bfloat16, float64)
 
 
+def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
+    """Register an operation that is the same on every device.
+
+    Args:
+        schema: as `torch.library.Library.define` reads it.
+        fake: makes outputs of the right shape and dtype, without looking at data.
+
+    Returns:
+        The operation, to be called with the schema's arguments by position.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"longlive_rag::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.longlive_rag, name).default
+
+
 def define(
     schema: str,
     *,
@@ -32,9 +49,9 @@ def define(
     """Register an operation: the kernel where it runs and takes the arguments, else the reference.
 
     Args:
-        schema: as `torch.library.Library.define` reads it; the first argument is a tensor on the operation's device.
+        schema: as for `register`; the first argument is a tensor on the operation's device.
         reference: the operation in PyTorch.
-        fake: makes outputs of the right shape and dtype, without looking at data.
+        fake: as for `register`.
         kernel: launches the CUDA kernel; gets the extension before the arguments.
         takes: whether the kernel takes these arguments.
         checked_as: name of `checking.variants` under which the kernel must have been found right on this machine; None:
@@ -53,12 +70,10 @@ def define(
             return reference(*arguments)
         return kernel(extension, *arguments)
 
-    LIBRARY.define(schema)
-    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    operation = register(schema, reference, fake)
     LIBRARY.impl(name, kernel_or_reference, "CUDA")
-    torch.library.register_fake(f"longlive_rag::{name}", fake, lib=LIBRARY)
     CUDA_IMPLEMENTATIONS[name] = kernel_or_reference
-    return getattr(torch.ops.longlive_rag, name).default
+    return operation
 
 
 def check_no_grad(operation: str, **tensors: Tensor | None) -> None:

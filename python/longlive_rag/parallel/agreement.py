@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,16 +14,10 @@ from longlive_rag.budget import Budget
 from longlive_rag.index import LatentIndex
 from longlive_rag.models.sizes import TransformerSizes
 from longlive_rag.parallel.shards import Shards
+from longlive_rag.ranks import from_all
 from longlive_rag.selection import Request, Selection, SimilaritySelection
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def from_all(shards: Shards, value: object) -> list[Any]:
-    """Every rank's value, a small Python object."""
-    values: list[Any] = [None] * shards.ranks
-    dist.all_gather_object(values, value, group=shards.group)
-    return values
 
 
 def check_same(shards: Shards, **values: object) -> None:
@@ -32,7 +25,7 @@ def check_same(shards: Shards, **values: object) -> None:
     Raises:
         ValueError: a rank was given another value than the first one; the message names both.
     """
-    said = from_all(shards, {name: repr(value) for name, value in values.items()})
+    said = from_all({name: repr(value) for name, value in values.items()}, shards.group)
     for rank, others in enumerate(said):
         for name, value in said[0].items():
             if others[name] != value:
@@ -54,7 +47,7 @@ def shared_budget(budget: Budget | None, shards: Shards, device: torch.device) -
         raise ValueError("budget.device must be given with budget.rebuild and several ranks, got None")
     if budget.host is not None:
         return budget
-    found = from_all(shards, (socket.gethostname(), budget.host_bytes))
+    found = from_all((socket.gethostname(), budget.host_bytes), shards.group)
     machines = [machine for machine, _ in found]
     return replace(budget, host=min(size // machines.count(machine) for machine, size in found))
 

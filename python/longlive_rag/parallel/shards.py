@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from longlive_rag.ops._library import LIBRARY
+from longlive_rag.ops._library import register
 from longlive_rag.parallel.costs import check_ranks, token_counts
 
 Group: TypeAlias = ProcessGroup | DeviceMesh
@@ -276,20 +276,12 @@ def _gather_fake(x: Tensor, tokens: int, shards: int) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[1], tokens, x.shape[3])
 
 
-def _define(schema: str, implementation: Any, fake: Any) -> Any:
-    """An operation that a compiler takes as it is."""
-    name = schema.partition("(")[0]
-    LIBRARY.define(schema)
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"longlive_rag::{name}", fake)
-    return getattr(torch.ops.longlive_rag, name).default
-
-
-_tokens_to_heads = _define(
+# Operations, so that a compiler takes the exchanges as they are.
+_tokens_to_heads = register(
     "tokens_to_heads(Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, float eps, int tokens, "
     "int shards) -> (Tensor, Tensor)",
     _to_heads,
     _to_heads_fake,
 )
-_heads_to_tokens = _define("heads_to_tokens(Tensor x, int frames, int shards) -> Tensor", _to_tokens, _to_tokens_fake)
-_gather_tokens = _define("gather_tokens(Tensor x, int tokens, int shards) -> Tensor", _gather, _gather_fake)
+_heads_to_tokens = register("heads_to_tokens(Tensor x, int frames, int shards) -> Tensor", _to_tokens, _to_tokens_fake)
+_gather_tokens = register("gather_tokens(Tensor x, int tokens, int shards) -> Tensor", _gather, _gather_fake)

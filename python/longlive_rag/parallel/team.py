@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import init_device_mesh
 
 from longlive_rag.parallel.watch import Watch
-from longlive_rag.ranks import Ranks, result_of
+from longlive_rag.ranks import Ranks, from_all, result_of
 
 Result = TypeVar("Result")
 
@@ -42,9 +42,8 @@ class Team:
         """How many of the team's processes run on this machine; all of them must ask."""
         if self.group is None:
             return 1
-        machines: list[str | None] = [None] * self.ranks
-        dist.all_gather_object(machines, socket.gethostname(), group=self.group)
-        return machines.count(socket.gethostname())
+        here = socket.gethostname()
+        return from_all(here, self.group).count(here)
 
     def from_first(self, work: Callable[[], Result]) -> Result:
         """Do `work` on the first rank of the team; all return its result, or raise its ValueError or OSError."""

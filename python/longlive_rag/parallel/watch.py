@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from longlive_rag.parallel.shards import exchanges_begun
+from longlive_rag.ranks import from_all
 
 _TICK = 0.2
 """Seconds between two messages of a rank."""
@@ -62,8 +63,7 @@ class Watch:
         if self._ranks == 1:
             return self
         first = dist.get_global_rank(self._group, 0)
-        people: list[Any] = [None] * self._ranks
-        dist.all_gather_object(people, (socket.gethostname(), os.getpid()), group=self._group)
+        people = from_all((socket.gethostname(), os.getpid()), self._group)
         self._names = [f"{machine}, process {process}" for machine, process in people]
         box: list[Any] = [None]
         listener = None
