@@ -163,8 +163,8 @@ class Pipeline:
             facts: more entries for the JSON file, such as the prompt; all that decides what the video looks like and
                 is not in the settings must be among them.
             begin: makes the latents [n, C, H, W] that the video begins with, whole blocks and not all of them, or a
-                single frame, around which the rest of the first block is made; called
-                once at most, since the journal keeps them.
+                single frame, around which the rest of the first block is made; called once at most, since the journal
+                keeps them.
             replay: what each block shall retrieve, the entry `retrieved` of a JSON file; default what is most similar.
             overwrite: begin anew if the video was begun with other settings.
 

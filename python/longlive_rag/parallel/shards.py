@@ -220,16 +220,8 @@ def _to_heads(
     return qk_all, v_all
 
 
-def _to_heads_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    eps: float,
-    tokens: int,
-    shards: int,
-) -> tuple[Tensor, Tensor]:
+def _to_heads_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, tokens, shards = rest
     me = _shards[shards]
     page = (q.shape[0], q.shape[1], me.heads, q.shape[4])
     return q.new_empty(tokens, 2, *page), v.new_empty(tokens, *page)
